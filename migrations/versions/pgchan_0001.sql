@@ -1,0 +1,959 @@
+-- pgchan: named durable channels and durable runs, in one schema.
+--
+-- The nouns, in the order you meet them. A CHANNEL is a named append-only sequence of MESSAGES with positions
+-- 1, 2, 3… in commit order. A RUN is one execution of a workflow. It is two channels: the one people talk to it on,
+-- whose name is the run's id, and its JOURNAL, where each step's result is a message whose key is the step's name.
+-- A WORKER is a process that claims runs; it is alive while it holds a session advisory lock on its id.
+-- The EPOCH of a channel fences out earlier owners: a claim raises it, and a write that names an older one is refused.
+--
+-- The life of a run: enqueue → claim → append (steps, output, consumed signals) → [suspend → deliver → claim] → finish.
+-- A worker dies: reap → claim by another. People: deliver (a signal), cancel, resume.
+--
+-- Rules that hold everywhere in this file:
+--   * Lock order: rows of workers, then rows of runs, then rows of channels, each in id order. Nothing takes a runs row
+--     while it holds a channels row.
+--   * A function does one transaction's work and never announces it. `wake` announces. The procedures are what clients
+--     call outside a transaction: function, COMMIT, wake. NOTIFY takes a lock for the whole server until its
+--     transaction has committed, so a wakeup inside the writing transaction would make all writers queue behind each
+--     other's fsync; in a transaction of its own, which writes no WAL, it costs microseconds.
+--   * A procedure that commits may be neither SECURITY DEFINER nor have a SET clause. So procedures are bare: every name
+--     is qualified, they hold no operator and decide nothing. Functions are SECURITY DEFINER with a pinned search_path.
+--   * Refusals that belong to one entry of a batch are outcomes (text), not exceptions: the other entries go ahead.
+
+create schema if not exists pgchan;
+
+-- One row: one channel. The row is updated by each append, so no index may cover a column that an append changes
+-- (updates stay HOT) and the page keeps room for the next version (fillfactor).
+create table pgchan.channels (
+  id            bigint generated always as identity primary key,
+  name          text collate "C" not null unique,
+  content_type  text not null default 'application/json',
+  head          bigint not null default 0,         -- last position; 0 while empty
+  trimmed       bigint not null default 0,         -- last position that was removed; messages start after it
+  epoch         bigint not null default 0,         -- raised by each claim of the run that owns this channel
+  inbox         bigint not null default 0,         -- every signal up to this position is consumed
+  closed_at     timestamptz,                       -- takes no messages from then on
+  ttl           double precision,                  -- seconds after creation at which the channel may be removed
+  expires_at    timestamptz,
+  created_at    timestamptz not null default clock_timestamp()
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02);
+-- Serves `expire`. No append changes expires_at.
+create index channels_expiry on pgchan.channels (expires_at) where expires_at is not null;
+
+-- One row: one message. No foreign key to channels: checking it would double the cost of an insert, and only routines
+-- in this file insert here.
+create table pgchan.messages (
+  channel_id    bigint not null,
+  "position"    bigint not null,                   -- dense from channels.trimmed + 1 to channels.head
+  at            timestamptz not null,              -- one value for all entries of an append; with the position: the cursor
+  kind          smallint not null,                 -- 0 message, 1 signal, 2 control (written by pgchan itself)
+  key           text collate "C",                  -- idempotency key; in a journal: the name of the step
+  step          text collate "C",                  -- the step that published it; null outside of steps
+  attempt       integer,                           -- which try of that step, from 1
+  void_from     bigint,                            -- in a reset only: output of this step from this position on, by
+                                                   -- earlier attempts, is void
+  body          bytea not null,                    -- exactly the bytes that were published
+  primary key (channel_id, "position")
+);
+-- Serves the promise that a key is stored once; look-ups by key.
+create unique index messages_key on pgchan.messages (channel_id, key) where key is not null;
+-- Serves `final` (is there a reset?) and the search for signals. Ordinary messages are not in it.
+create index messages_special on pgchan.messages (channel_id, kind, "position") where kind <> 0;
+
+-- One row: one worker process that has not been reaped. Its lock is (1885823848, id).
+create table pgchan.workers (
+  id            integer generated always as identity primary key,
+  name          text not null,
+  host          text not null,
+  pid           integer not null,
+  backend_pid   integer not null,                  -- the server process that holds its lock
+  started_at    timestamptz not null default clock_timestamp()
+);
+
+-- One row: one run. state: scheduled (ready now, or at wake_at) · running (on worker) · waiting (left memory until a
+-- signal, a child's end or wake_at) · succeeded, failed, cancelled (ended_at is set).
+create table pgchan.runs (
+  channel_id      bigint primary key references pgchan.channels (id) on delete cascade,
+  journal_id      bigint not null references pgchan.channels (id),
+  workflow        text not null,
+  version         text,
+  queue           text not null,
+  priority        integer not null default 0,      -- higher goes first
+  state           text not null check (state in ('scheduled', 'running', 'waiting', 'succeeded', 'failed', 'cancelled')),
+  wake_at         timestamptz,                     -- not before; null in scheduled: ready; null in waiting: no timer
+  worker          integer,                         -- workers.id while running
+  attempt         integer not null default 0,      -- how often it was claimed
+  speaks_from     bigint not null default 1,       -- the first position of its channel that can be this run's output
+  deadline        timestamptz,                     -- the run fails when it has not ended by then
+  input           bytea not null,                  -- {"args": […], "kwargs": {…}}
+  result          bytea,                           -- JSON, of a succeeded run
+  error           bytea,                           -- {"type", "message"}, of a failed run
+  parent          bigint,                          -- channel_id of the run that started it
+  created_at      timestamptz not null default clock_timestamp(),
+  started_at      timestamptz,
+  ended_at        timestamptz
+) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02);
+-- Serves `claim`: the next ready run of a queue.
+create index runs_ready on pgchan.runs (queue, priority desc, created_at) where state = 'scheduled' and wake_at is null;
+-- Serves `claim`: which timers are due.
+create index runs_due on pgchan.runs (wake_at) where wake_at is not null and state in ('scheduled', 'waiting');
+-- Serves `reap` and `held`: what a worker has.
+create index runs_worker on pgchan.runs (worker) where worker is not null;
+-- Serves lists of runs, newest first.
+create index runs_recent on pgchan.runs (created_at desc);
+-- Serves the removal of a journal's channel.
+create index runs_journal on pgchan.runs (journal_id);
+
+-- Messages without void output: what an unfinished attempt of a step left behind before a later one started over.
+create view pgchan.final_messages as
+  select m.* from pgchan.messages m
+  where m.step is null or m.kind <> 0 or not exists (
+    select from pgchan.messages r
+    where r.channel_id = m.channel_id and r.kind = 2 and r."position" > m."position"
+      and r.step = m.step and r.attempt > m.attempt and r.void_from <= m."position");
+
+-- The schema's revision, read at start-up. Each migration redefines it.
+create function pgchan.version() returns text
+language sql immutable security definer set search_path = pg_catalog, pg_temp as $$ select 'pgchan_0001' $$;
+
+-- ------------------------------------------------------------------------------------------------ wakeups
+
+-- Announce that channels have moved, that channels were created, that queues have work. A hint without content: names
+-- are 16 buckets by channel id, the payload is "id:head,…"; head -1 means that something else than messages changed.
+-- The guard keeps a full queue (a stuck listener somewhere on the server) from failing commits; asking for the usage
+-- also advances the queue's tail, which heals it after the culprit has gone.
+create function pgchan.wake(ids bigint[], heads bigint[], created boolean default false, queues text[] default null)
+returns void language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  hint record;
+begin
+  if pg_notification_queue_usage() >= 0.5 then
+    return;
+  end if;
+  if created then
+    perform pg_notify('pgchan_new', '');
+  end if;
+  if cardinality(ids) = 1 then
+    if heads[1] is not null then
+      perform pg_notify('pgchan_' || mod(ids[1], 16), ids[1] || ':' || heads[1]);
+    end if;
+  elsif cardinality(ids) > 1 then
+    -- 190 hints of at most 40 bytes stay below the 8,000 bytes that a payload may have.
+    for hint in
+      select w.bucket, string_agg(w.id || ':' || w.head, ',') as payload
+      from (select mod(a.id, 16) as bucket, a.id, a.head, row_number() over (partition by mod(a.id, 16)) / 190 as part
+            from unnest(wake.ids, wake.heads) a (id, head) where a.head is not null) w
+      group by w.bucket, w.part
+    loop
+      perform pg_notify('pgchan_' || hint.bucket, hint.payload);
+    end loop;
+  end if;
+  for hint in select distinct hashtext(q.name) as number from unnest(wake.queues) q (name) where q.name is not null loop
+    perform pg_notify('pgchan_queue', hint.number::text);
+  end loop;
+end $$;
+
+-- ------------------------------------------------------------------------------------------------ append
+
+-- Raise this transaction's commit to durable, whatever the session says; remote_apply is stronger and stays. A SET
+-- clause on a function would end with the function; this lasts until the commit.
+create function pgchan.force_durability() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  if current_setting('synchronous_commit') in ('off', 'local', 'remote_write') then
+    perform set_config('synchronous_commit', 'on', true);
+  end if;
+end $$;
+
+-- Append a batch over many channels in one go. Entries are grouped by channel; a channel appears in one group only.
+--
+-- Per group: ids (null: look the name up, create the channel if there is none) · names, types (only where id is null:
+-- the type a new channel gets and an existing one must have) · fences (the owner's epoch; null: anybody) · owners
+-- (groups of one owner are written together or not at all; null: on its own) · counts (entries) · inboxes (raise
+-- channels.inbox to this; null: leave it).
+-- Per entry: slots (its group) · nths (1, 2, 3… within it) · kinds, keys, steps, attempts, voids, bodies.
+--
+-- Returns per group: channel_ids, heads (after the append; null where nothing was), outcomes, bases (position = base +
+-- nth). When a key of the batch is already stored, bases is null and the answer is per entry: positions, outcomes, ats.
+-- Outcomes: appended · repeated (this key with this body is stored at this position) · conflict (with another body) ·
+-- missing (no such channel) · fenced · closed · type (the channel has another content type) · blocked (another group of
+-- its owner was refused).
+-- Locks the channels in id order. Called within a transaction it holds them until that commits, which is why a channel
+-- takes one publishing transaction at a time.
+create function pgchan.append(
+  ids bigint[], names text[], types text[], fences bigint[], owners bigint[], counts integer[], inboxes bigint[],
+  slots integer[], nths integer[], kinds smallint[], keys text[], steps text[], attempts integer[], voids bigint[],
+  bodies bytea[],
+  out channel_ids bigint[], out heads bigint[], out bases bigint[], out outcomes text[], out at timestamptz,
+  out positions bigint[], out ats timestamptz[], out created boolean)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+begin
+  perform pgchan.force_durability();
+  created := false;
+  channel_ids := ids;
+  if array_position(ids, null) is not null then
+    insert into pgchan.channels (name, content_type)
+      select distinct on (g.name) g.name, g.type from unnest(ids, names, types) g (id, name, type)
+      where g.id is null order by g.name
+      on conflict (name) do nothing;
+    created := found;
+    select array_agg(coalesce(g.id, c.id) order by g.slot) into channel_ids
+      from unnest(ids, names) with ordinality g (id, name, slot)
+      left join pgchan.channels c on g.id is null and c.name = g.name;
+  end if;
+  -- The next position comes from the channel's row, never from max(position): a statement that waits for a lock keeps
+  -- the snapshot it took before waiting, so max() is stale and two publishers collide. The lock is taken in a statement
+  -- of its own; the next one sees what it waited for. It lasts until commit, which puts positions in commit order.
+  perform from pgchan.channels c where c.id = any (channel_ids) order by c.id for no key update;
+  at := clock_timestamp();  -- after the lock, so that it does not run backwards within a channel
+  begin
+    with judged as (
+      select g.*, c.head,
+        case when c.id is null then 'missing' when g.fence <> c.epoch then 'fenced'
+             when c.closed_at is not null then 'closed'
+             when g.given is null and g.type <> c.content_type then 'type' else 'appended' end as outcome
+      from unnest(channel_ids, ids, types, fences, owners, counts, inboxes)
+        with ordinality g (id, given, type, fence, owner, n, inbox, slot)
+      left join pgchan.channels c on c.id = g.id
+    ), decided as (
+      select j.*, case when j.outcome = 'appended' and j.owner is not null
+                        and not bool_and(j.outcome = 'appended') over (partition by j.owner)
+                       then 'blocked' else j.outcome end as decision
+      from judged j
+    ), moved as (
+      update pgchan.channels c set head = c.head + d.n, inbox = greatest(c.inbox, d.inbox)
+      from decided d where c.id = d.id and d.decision = 'appended'
+    )
+    select array_agg(case when d.decision = 'appended' then d.head end order by d.slot),
+           array_agg(case when d.decision = 'appended' then d.head + d.n end order by d.slot),
+           array_agg(d.decision order by d.slot)
+      into bases, heads, outcomes from decided d;
+    -- Positions are computed from the arrays. Joining RETURNING back to the entries instead is quadratic.
+    insert into pgchan.messages (channel_id, "position", at, kind, key, step, attempt, void_from, body)
+      select channel_ids[e.slot], bases[e.slot] + e.nth, append.at, e.kind, e.key, e.step, e.attempt, e.void_from, e.body
+      from unnest(slots, nths, kinds, keys, steps, attempts, voids, bodies)
+        e (slot, nth, kind, key, step, attempt, void_from, body)
+      where bases[e.slot] is not null;
+  exception when unique_violation then
+    -- A key of the batch is stored already. Looking keys up always would cost every batch; this way only repeats pay.
+    bases := null;
+    with judged as materialized (
+      select e.*, g.id, g.owner, g.inbox, c.head, first."position" as stored_position, first.at as stored_at,
+        case when c.id is null then 'missing' when g.fence <> c.epoch then 'fenced'
+             when first."position" is not null
+               then case when first.body = e.body and first.kind = e.kind then 'repeated' else 'conflict' end
+             when c.closed_at is not null then 'closed'
+             when g.given is null and g.type <> c.content_type then 'type' else 'appended' end as outcome
+      from unnest(slots, kinds, keys, steps, attempts, voids, bodies)
+        with ordinality e (slot, kind, key, step, attempt, void_from, body, n)
+      join unnest(channel_ids, ids, types, fences, owners, inboxes)
+        with ordinality g (id, given, type, fence, owner, inbox, slot) on g.slot = e.slot
+      left join pgchan.channels c on c.id = g.id
+      left join lateral (select m."position", m.at, m.body, m.kind from pgchan.messages m
+                         where e.key is not null and m.channel_id = g.id and m.key = e.key) first on true
+    ), decided as materialized (
+      select j.*, case when j.outcome = 'appended' and j.owner is not null
+                        and not bool_and(j.outcome in ('appended', 'repeated')) over (partition by j.owner)
+                       then 'blocked' else j.outcome end as decision
+      from judged j
+    ), placed as materialized (
+      select d.*, case when d.decision = 'appended'
+                       then d.head + row_number() over (partition by d.id, d.decision order by d.n)
+                       else d.stored_position end as placed_at
+      from decided d
+    ), moved as (
+      update pgchan.channels c set head = g.head, inbox = greatest(c.inbox, g.inbox)
+      from (select p.id, max(p.placed_at) as head, max(p.inbox) as inbox from placed p
+            where p.decision = 'appended' group by p.id) g
+      where c.id = g.id
+    ), stored as (
+      insert into pgchan.messages (channel_id, "position", at, kind, key, step, attempt, void_from, body)
+      select p.id, p.placed_at, append.at, p.kind, p.key, p.step, p.attempt, p.void_from, p.body
+      from placed p where p.decision = 'appended'
+    )
+    select array_agg(p.placed_at order by p.n), array_agg(p.decision order by p.n),
+           array_agg(case when p.decision = 'appended' then append.at else p.stored_at end order by p.n)
+      into positions, outcomes, ats from placed p;
+    select array_agg((select max(p.head) from unnest(positions, outcomes, slots) p (head, outcome, slot)
+                      where p.slot = g.slot and p.outcome = 'appended') order by g.slot)
+      into heads from unnest(channel_ids) with ordinality g (id, slot);
+  end;
+end $$;
+
+-- `append`, durable, then announced. What a client's writer calls, once per batch.
+create procedure pgchan.write(
+  ids bigint[], names text[], types text[], fences bigint[], owners bigint[], counts integer[], inboxes bigint[],
+  slots integer[], nths integer[], kinds smallint[], keys text[], steps text[], attempts integer[], voids bigint[],
+  bodies bytea[],
+  inout channel_ids bigint[], inout heads bigint[], inout bases bigint[], inout outcomes text[], inout at timestamptz,
+  inout positions bigint[], inout ats timestamptz[])
+language plpgsql as $$
+#variable_conflict use_variable
+declare
+  created boolean;
+begin
+  select a.channel_ids, a.heads, a.bases, a.outcomes, a.at, a.positions, a.ats, a.created
+    into channel_ids, heads, bases, outcomes, at, positions, ats, created
+    from pgchan.append(ids, names, types, fences, owners, counts, inboxes,
+                       slots, nths, kinds, keys, steps, attempts, voids, bodies) a;
+  commit;
+  perform pgchan.wake(channel_ids, heads, created);
+end $$;
+
+-- ------------------------------------------------------------------------------------------------ channels
+
+-- Raise InvalidInput (PC001) unless the name is legal: 1-200 of A-Za-z0-9._:/@~+=- without empty, "." or ".." segments.
+create function pgchan.check_name(name text) returns void
+language plpgsql immutable security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  if name is null or name !~ '^[A-Za-z0-9._:/@~+=-]{1,200}$' or name like 'pgchan:%'
+     or name ~ '(^|/)(\.|\.\.)?(/|$)' then
+    raise exception 'channel name % is not legal', coalesce(quote_literal(left(name, 200)), 'null')
+      using errcode = 'PC001', hint = '1 to 200 of A-Z a-z 0-9 . _ : / @ ~ + = -, no empty, "." or ".." segment, '
+                                      'not beginning with "pgchan:"';
+  end if;
+end $$;
+
+-- Create a channel. created is false if it exists; content_type is then the type it has.
+create function pgchan.create_channel(name text, inout content_type text, ttl double precision, out created boolean)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_variable
+begin
+  perform pgchan.force_durability();
+  insert into pgchan.channels as c (name, content_type, ttl, expires_at)
+    values (name, content_type, ttl, clock_timestamp() + make_interval(secs => ttl))
+    on conflict on constraint channels_name_key do nothing;
+  created := found;
+  if created then
+    perform pgchan.wake(null, null, true);
+  else
+    select c.content_type into content_type from pgchan.channels c where c.name = create_channel.name;
+  end if;
+end $$;
+
+-- Close a channel: true if it is closed now or was before, false if it is the channel of a run that has not ended,
+-- null if there is none.
+create function pgchan.close_channel(name text) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  channel pgchan.channels;
+begin
+  perform pgchan.force_durability();
+  perform from pgchan.runs r join pgchan.channels c on c.id = r.channel_id
+    where c.name = close_channel.name and r.ended_at is null for update of r;
+  if found then
+    return false;
+  end if;
+  update pgchan.channels c set closed_at = coalesce(c.closed_at, clock_timestamp())
+    where c.name = close_channel.name returning * into channel;
+  if not found then
+    return null;
+  end if;
+  perform pgchan.wake(array[channel.id], array[-1]);
+  return true;
+end $$;
+
+-- Remove messages before a position, at most `most` of them: the boundary moves and the rows go in one transaction under
+-- the channel's row lock, so no reader can miss one without the other. Returns the boundary reached (call again while
+-- it is below what was asked), null if there is no channel; PC001 if the position is past head + 1.
+create function pgchan.trim_channel(name text, before bigint, most integer default 5000) returns bigint
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  channel pgchan.channels;
+  boundary bigint;
+begin
+  perform pgchan.force_durability();
+  select * into channel from pgchan.channels c where c.name = trim_channel.name for no key update;
+  if not found then
+    return null;
+  end if;
+  if before < 0 or before > channel.head + 1 then
+    raise exception 'before must be from 0 to % (the head plus one), not %', channel.head + 1, before
+      using errcode = 'PC001';
+  end if;
+  boundary := greatest(channel.trimmed, least(before - 1, channel.trimmed + most));
+  if boundary > channel.trimmed then
+    update pgchan.channels c set trimmed = boundary where c.id = channel.id;
+    delete from pgchan.messages m
+      where m.channel_id = channel.id and m."position" > channel.trimmed and m."position" <= boundary;
+  end if;
+  return boundary;
+end $$;
+
+-- Delete a channel and its messages; of a run that has ended, its journal too. Outcomes: deleted, missing, running.
+create function pgchan.delete_channel(name text) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  run pgchan.runs;
+  target bigint;
+begin
+  perform pgchan.force_durability();
+  select r.* into run from pgchan.runs r join pgchan.channels c on c.id = r.channel_id
+    where c.name = delete_channel.name for update of r;
+  if found and run.ended_at is null then
+    return 'running';
+  end if;
+  select c.id into target from pgchan.channels c where c.name = delete_channel.name for update;
+  if target is null then
+    return 'missing';
+  end if;
+  delete from pgchan.messages m where m.channel_id in (target, run.journal_id);
+  delete from pgchan.runs r where r.channel_id = target;
+  delete from pgchan.channels c where c.id in (target, run.journal_id);
+  perform pgchan.wake(array[target], array[-1]);
+  return 'deleted';
+end $$;
+
+-- Remove expired channels, at most `most`, oldest first; those of runs that have not ended stay. Returns how many.
+create function pgchan.expire(most integer default 100) returns integer
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  doomed text;
+  gone integer := 0;
+begin
+  for doomed in
+    select c.name from pgchan.channels c
+    where c.expires_at <= clock_timestamp()
+      and not exists (select from pgchan.runs r where r.channel_id = c.id and r.ended_at is null)
+    order by c.expires_at limit most for update skip locked
+  loop
+    if pgchan.delete_channel(doomed) = 'deleted' then
+      gone := gone + 1;
+    end if;
+  end loop;
+  return gone;
+end $$;
+
+-- ------------------------------------------------------------------------------------------------ runs
+
+-- Start a run: idempotent by id. Outcomes: started · existed (same workflow, same input) · conflict (another) · closed
+-- (a channel of this name exists and takes no more messages). The queue that must be woken is null if nothing is ready.
+create function pgchan.enqueue(
+  run text, workflow text, version text, queue text, priority integer, delay double precision, timeout double precision,
+  input bytea, parent bigint,
+  out outcome text, out ready text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_variable
+declare
+  channel pgchan.channels;
+  journal bigint;
+  existing pgchan.runs;
+begin
+  perform pgchan.force_durability();
+  insert into pgchan.channels as c (name) values (run) on conflict on constraint channels_name_key do nothing;
+  -- The row stays locked until this commits, so of two concurrent starts the second sees the first one's run.
+  select c.* into channel from pgchan.channels c where c.name = run for no key update;
+  select r.* into existing from pgchan.runs r where r.channel_id = channel.id;
+  if found then
+    -- As bytes first: the other comparison is for a start repeated from a client with another JSON style.
+    outcome := case when existing.workflow = workflow
+                     and (existing.input = input or pgchan.as_json(existing.input, 'application/json')
+                                                  = pgchan.as_json(input, 'application/json'))
+                    then 'existed' else 'conflict' end;
+    return;
+  end if;
+  if channel.closed_at is not null then
+    outcome := 'closed';
+    return;
+  end if;
+  insert into pgchan.channels as c (name) values ('pgchan:journal:' || channel.id) returning c.id into journal;
+  insert into pgchan.runs (channel_id, journal_id, workflow, version, queue, priority, state, wake_at, speaks_from,
+                           deadline, input, parent)
+    values (channel.id, journal, workflow, version, queue, priority, 'scheduled',
+            clock_timestamp() + make_interval(secs => delay), channel.head + 1,
+            clock_timestamp() + make_interval(secs => coalesce(delay, 0) + timeout), input, parent);
+  outcome := 'started';
+  ready := case when delay is null then queue end;
+end $$;
+
+-- `enqueue`, durable, then announced.
+create procedure pgchan.call_enqueue(
+  run text, workflow text, version text, queue text, priority integer, delay double precision, timeout double precision,
+  input bytea, parent bigint, inout outcome text, inout ready text)
+language plpgsql as $$
+#variable_conflict use_variable
+begin
+  select e.outcome, e.ready into outcome, ready
+    from pgchan.enqueue(run, workflow, version, queue, priority, delay, timeout, input, parent) e;
+  commit;
+  perform pgchan.wake(null, null, true, array[ready]);
+end $$;
+
+-- Hand ready runs of these queues and workflows to a worker, in order of priority and age, and raise the epoch of both
+-- their channels: from this commit on no earlier owner can write. Nothing for a worker that was reaped: its row is
+-- locked against deletion until this commits, so a reaper either sees these runs or stops this claim.
+create function pgchan.claim(worker integer, queues text[], workflows text[], most integer)
+returns table (channel_id bigint, run text, journal_id bigint, workflow text, input bytea, attempt integer, epoch bigint,
+               speaks_from bigint, deadline timestamptz)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+declare
+  one text;
+  picked bigint[] := '{}';
+  taken bigint[];
+begin
+  perform pgchan.force_durability();
+  perform from pgchan.workers w where w.id = claim.worker for key share;
+  if not found then
+    return;
+  end if;
+  -- Timers that are due become ready. `wake_at is null` is what makes the next run of a queue one index look-up, however
+  -- many runs are asleep.
+  update pgchan.runs r set state = 'scheduled', wake_at = null
+    where r.channel_id in (
+      select d.channel_id from pgchan.runs d
+      where d.wake_at <= clock_timestamp() and d.state in ('scheduled', 'waiting')
+      order by d.wake_at limit 1000 for update skip locked);
+  foreach one in array queues loop  -- queue by queue: `= any` would lose the order of the index
+    select array_agg(p.channel_id) into taken from (
+      select r.channel_id from pgchan.runs r
+      where r.state = 'scheduled' and r.wake_at is null and r.queue = one and r.workflow = any (claim.workflows)
+      order by r.priority desc, r.created_at limit most - cardinality(picked) for update skip locked) p;
+    picked := picked || coalesce(taken, '{}');
+    exit when cardinality(picked) >= most;
+  end loop;
+  if cardinality(picked) = 0 then
+    return;
+  end if;
+  perform pgchan.supersede(picked);
+  return query
+    update pgchan.runs r set state = 'running', worker = claim.worker, attempt = r.attempt + 1,
+                             started_at = coalesce(r.started_at, clock_timestamp())
+    from pgchan.channels c
+    where r.channel_id = any (picked) and c.id = r.channel_id
+    returning r.channel_id, c.name, r.journal_id, r.workflow, r.input, r.attempt, c.epoch, r.speaks_from, r.deadline;
+end $$;
+
+-- Raise the epochs of these runs' channels, both to the same number: whoever owned them can write no more. The caller
+-- has locked the runs.
+create function pgchan.supersede(runs bigint[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+begin
+  perform from pgchan.channels c
+    where c.id in (select unnest(array[r.channel_id, r.journal_id]) from pgchan.runs r where r.channel_id = any (supersede.runs))
+    order by c.id for no key update;
+  update pgchan.channels c set epoch = e.epoch
+    from (select r.channel_id, r.journal_id, greatest(o.epoch, j.epoch) + 1 as epoch
+          from pgchan.runs r join pgchan.channels o on o.id = r.channel_id join pgchan.channels j on j.id = r.journal_id
+          where r.channel_id = any (supersede.runs)) e
+    where c.id in (e.channel_id, e.journal_id);
+end $$;
+
+-- Whether this epoch still owns this run; locks the run's row until commit.
+create function pgchan.owns(run bigint, epoch bigint) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  perform from pgchan.runs r where r.channel_id = owns.run and r.state = 'running' for update;
+  return found and exists (select from pgchan.channels c where c.id = owns.run and c.epoch = owns.epoch);
+end $$;
+
+-- End a run. Signals that nobody consumed are named in a `missed` control message; both channels close, so readers end
+-- too; a parent that waits becomes ready. Outcomes: finished, fenced. ready: queue of the parent, if it must be woken.
+create function pgchan.finish(
+  run bigint, epoch bigint, state text, result bytea, error bytea, out outcome text, out ready text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+begin
+  perform pgchan.force_durability();
+  -- The parent's row before the child's would break the order of ids half of the time; the parent is locked last, by
+  -- the update in `settle`, and nothing that holds a parent's row waits for its child's.
+  if not pgchan.owns(run, epoch) then
+    outcome := 'fenced';
+    return;
+  end if;
+  ready := pgchan.settle(run, state, result, error);
+  outcome := 'finished';
+end $$;
+
+-- What `finish` and `cancel` have in common, once they hold the run's row. Returns the parent's queue, if it waits.
+create function pgchan.settle(run bigint, state text, result bytea, error bytea) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+declare
+  journal bigint;
+  mother bigint;
+  missed text;
+  ready text;
+begin
+  update pgchan.runs r set state = settle.state, result = settle.result, error = settle.error, worker = null,
+                           wake_at = null, ended_at = clock_timestamp()
+    where r.channel_id = run returning r.journal_id, r.parent into journal, mother;
+  perform pgchan.supersede(array[run]);
+  select string_agg(s."position"::text, ',' order by s."position") into missed from pgchan.open_signals(run) s;
+  perform pgchan.append_one(run, 2, null, null, convert_to(
+    case when missed is null then '{"type":"ended","state":"' || settle.state || '"}'
+         else '{"type":"ended","state":"' || settle.state || '","missed":[' || missed || ']}' end, 'UTF8'));
+  update pgchan.channels c set closed_at = clock_timestamp() where c.id in (run, journal);
+  update pgchan.runs r set state = 'scheduled', wake_at = null
+    where r.channel_id = mother and r.state = 'waiting' returning r.queue into ready;
+  return ready;
+end $$;
+
+-- `finish`, durable, then announced.
+create procedure pgchan.call_finish(
+  run bigint, epoch bigint, state text, result bytea, error bytea, inout outcome text, inout ready text)
+language plpgsql as $$
+#variable_conflict use_variable
+begin
+  select f.outcome, f.ready into outcome, ready from pgchan.finish(run, epoch, state, result, error) f;
+  commit;
+  perform pgchan.wake(array[run], array[-1], false, array[ready]);
+end $$;
+
+-- The signals of a run that nobody has consumed, in order. Consumption is a control message with a key of its own, so a
+-- signal cannot be consumed twice; channels.inbox is where the search starts.
+create function pgchan.open_signals(run bigint)
+returns setof pgchan.messages
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
+  select m.* from pgchan.channels c
+  join pgchan.messages m on m.channel_id = c.id and m.kind = 1 and m."position" > c.inbox
+  where c.id = open_signals.run and not exists (
+    select from pgchan.messages d
+    where d.channel_id = c.id and d.key = 'pgchan:consumed:' || m."position")
+  order by m."position"
+$$;
+
+-- One entry to one channel that the caller knows to be open. For this file's own control messages.
+create function pgchan.append_one(channel bigint, kind integer, key text, step text, body bytea) returns bigint
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  select a.heads[1] from pgchan.append(
+    array[channel], null, null, null, null, array[1], null,
+    array[1], array[1], array[kind::smallint], array[key], array[step], null, null, array[body]) a
+$$;
+
+-- Let a run leave memory until a signal, a child's end or wake_at. False if something that it waits for has already
+-- happened: a signal past `seen`, the end of one of the children. The row lock puts this in order with `deliver`.
+create function pgchan.suspend(run bigint, epoch bigint, wake_at timestamptz, seen bigint, children text[])
+returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+begin
+  perform pgchan.force_durability();
+  if not pgchan.owns(run, epoch) then
+    return 'fenced';
+  end if;
+  perform from pgchan.messages m where m.channel_id = run and m.kind = 1 and m."position" > seen;
+  if found then
+    return 'ready';
+  end if;
+  perform from pgchan.channels c join pgchan.runs r on r.channel_id = c.id
+    where c.name = any (children) and r.ended_at is not null;
+  if found then
+    return 'ready';
+  end if;
+  perform pgchan.supersede(array[run]);
+  update pgchan.runs r set state = 'waiting', worker = null, wake_at = suspend.wake_at where r.channel_id = run;
+  return 'waiting';
+end $$;
+
+-- Give runs that a worker holds back to their queues; those that it no longer owns are passed over. Returns the queues.
+create function pgchan.release(worker integer, runs bigint[]) returns text[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+declare
+  mine bigint[];
+  queues text[];
+begin
+  perform pgchan.force_durability();
+  select array_agg(p.channel_id) into mine from (
+    select r.channel_id from pgchan.runs r
+    where r.worker = release.worker and (release.runs is null or r.channel_id = any (release.runs))
+    order by r.channel_id for update) p;
+  if mine is null then
+    return '{}';
+  end if;
+  perform pgchan.supersede(mine);
+  with returned as (
+    update pgchan.runs r set state = 'scheduled', worker = null, wake_at = null
+    where r.channel_id = any (mine) returning r.queue)
+  select array_agg(distinct q.queue) into queues from returned q;
+  perform pgchan.wake(null, null, false, queues);
+  return queues;
+end $$;
+
+-- Store a signal on a run's channel and make the run ready if it waits. Outcomes are those of `append`, and missing if
+-- there is no such run. The run's row is locked first: `suspend` either sees the signal or is seen by it.
+create function pgchan.deliver(
+  run text, body bytea, key text,
+  out outcome text, out channel_id bigint, out "position" bigint, out at timestamptz, out head bigint, out ready text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+declare
+  target pgchan.runs;
+  stored record;
+begin
+  perform pgchan.force_durability();
+  select r.* into target from pgchan.runs r join pgchan.channels c on c.id = r.channel_id
+    where c.name = run for update of r;
+  if not found then
+    outcome := 'missing';
+    return;
+  end if;
+  channel_id := target.channel_id;
+  select * into stored from pgchan.append(
+    array[target.channel_id], null, null, null, null, array[1], null,
+    array[1], array[1], array[1::smallint], array[key], null, null, null, array[body]) a;
+  outcome := stored.outcomes[1];
+  "position" := coalesce(stored.positions[1], stored.bases[1] + 1);
+  at := coalesce(stored.ats[1], stored.at);
+  head := stored.heads[1];
+  if outcome = 'appended' and target.state = 'waiting' then
+    update pgchan.runs r set state = 'scheduled', wake_at = null where r.channel_id = target.channel_id;
+    ready := target.queue;
+  end if;
+end $$;
+
+-- `deliver`, durable, then announced.
+create procedure pgchan.call_deliver(
+  run text, body bytea, key text, inout outcome text, inout channel_id bigint, inout "position" bigint,
+  inout at timestamptz, inout head bigint, inout ready text)
+language plpgsql as $$
+#variable_conflict use_variable
+begin
+  select d.outcome, d.channel_id, d."position", d.at, d.head, d.ready
+    into outcome, channel_id, "position", at, head, ready from pgchan.deliver(run, body, key) d;
+  commit;
+  perform pgchan.wake(array[channel_id], array[head], false, array[ready]);
+end $$;
+
+-- Cancel a run: true from this commit on nothing more is recorded for it; false if it had ended; null if there is none.
+create function pgchan.cancel(run text) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  target pgchan.runs;
+  ready text;
+begin
+  perform pgchan.force_durability();
+  select r.* into target from pgchan.runs r join pgchan.channels c on c.id = r.channel_id
+    where c.name = cancel.run for update of r;
+  if not found then
+    return null;
+  end if;
+  if target.ended_at is not null then
+    return false;
+  end if;
+  ready := pgchan.settle(target.channel_id, 'cancelled', null, null);
+  perform pgchan.wake(array[target.channel_id], array[-1], false, array[ready]);
+  return true;
+end $$;
+
+-- Put a failed run back into its queue, to go on from its journal. What it recorded stays; failures of steps before the
+-- `resumed` control message in the journal do not count any more. Outcomes: resumed, missing, or the run's state.
+create function pgchan.resume(run text) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  target pgchan.runs;
+begin
+  perform pgchan.force_durability();
+  select r.* into target from pgchan.runs r join pgchan.channels c on c.id = r.channel_id
+    where c.name = resume.run for update of r;
+  if not found then
+    return 'missing';
+  end if;
+  if target.state <> 'failed' then
+    return target.state;
+  end if;
+  perform pgchan.supersede(array[target.channel_id]);
+  update pgchan.channels c set closed_at = null where c.id in (target.channel_id, target.journal_id);
+  perform pgchan.append_one(target.journal_id, 2, null, null, convert_to('{"type":"resumed"}', 'UTF8'));
+  perform pgchan.append_one(target.channel_id, 2, null, null, convert_to('{"type":"resumed"}', 'UTF8'));
+  update pgchan.runs r set state = 'scheduled', error = null, ended_at = null, deadline = null
+    where r.channel_id = target.channel_id;
+  perform pgchan.wake(array[target.channel_id], array[-1], false, array[target.queue]);
+  return 'resumed';
+end $$;
+
+-- ------------------------------------------------------------------------------------------------ workers
+
+-- A fresh id for a worker. It takes the lock on it first and registers then: a row without a lock means death.
+create function pgchan.new_worker() returns integer
+language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
+  select nextval('pgchan.workers_id_seq')::integer
+$$;
+
+-- Enter a worker that holds the lock on its id in this very session, or note the session that holds it now.
+create function pgchan.register(worker integer, name text, host text, pid integer) returns void
+language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
+  insert into pgchan.workers as w (id, name, host, pid, backend_pid) overriding system value
+  values (worker, name, host, pid, pg_backend_pid())
+  on conflict (id) do update set backend_pid = pg_backend_pid()
+$$;
+
+-- Take a dead worker's runs back into their queues and remove it. Null if it is alive after all: the lock, which this
+-- transaction tries to take, is held. 0 also if somebody else has reaped it.
+create function pgchan.reap(worker integer) returns integer
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  held integer;
+begin
+  perform pgchan.force_durability();
+  if not pg_try_advisory_xact_lock(1885823848, worker) then
+    return null;
+  end if;
+  delete from pgchan.workers w where w.id = reap.worker;  -- waits for a claim that is under way
+  select count(*) into held from pgchan.runs r where r.worker = reap.worker;
+  perform pgchan.release(worker, null);
+  return held;
+end $$;
+
+-- A worker leaves in good order: what it still holds goes back to the queues.
+create function pgchan.leave(worker integer) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  perform pgchan.force_durability();
+  delete from pgchan.workers w where w.id = leave.worker;
+  perform pgchan.release(worker, null);
+end $$;
+
+-- ------------------------------------------------------------------------------------------------ SQL users
+
+-- A body as jsonb: JSON as it is, with the NUL that jsonb cannot hold shown as U+FFFD; text as a string; anything else
+-- as base64 in a string.
+create function pgchan.as_json(body bytea, content_type text) returns jsonb
+language plpgsql immutable security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  if content_type like 'application/json%' then
+    return regexp_replace(convert_from(body, 'UTF8'), '(?<!\\)((?:\\\\)*)\\u0000', '\1\ufffd', 'g')::jsonb;
+  elsif content_type like 'text/%' then
+    return to_jsonb(convert_from(body, 'UTF8'));
+  end if;
+  return to_jsonb(translate(encode(body, 'base64'), E'\n', ''));
+end $$;
+
+-- Raise InvalidInput (PC001) unless the body and the key can be stored.
+create function pgchan.check_body(body jsonb, key text) returns void
+language plpgsql immutable security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  if body is null then
+    raise exception 'body must not be NULL' using errcode = 'PC001', hint = 'publish the JSON value null instead';
+  elsif octet_length(body::text) > 1048576 then
+    raise exception 'body has % bytes; at most 1048576', octet_length(body::text) using errcode = 'PC001';
+  elsif octet_length(key) not between 1 and 200 or key like 'pgchan:%' then
+    raise exception 'key must have 1 to 200 bytes and not begin with "pgchan:"' using errcode = 'PC001';
+  end if;
+end $$;
+
+-- Publish in the caller's transaction; the position. Readers see and hear of it when that commits; until then the
+-- channel is locked. Raises PC001, PC004 (closed), PC005 (the key was used with another body).
+create function pgchan.publish(channel text, body jsonb, key text default null) returns bigint
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+declare
+  stored record;
+begin
+  perform pgchan.check_name(channel);
+  perform pgchan.check_body(body, key);
+  select * into stored from pgchan.append(
+    array[null::bigint], array[channel], array['application/json'], null, null, array[1], null,
+    array[1], array[1], array[0::smallint], array[key], null, null, null, array[convert_to(body::text, 'UTF8')]) a;
+  case stored.outcomes[1]
+    when 'appended', 'repeated' then null;
+    when 'closed' then
+      raise exception 'channel % is closed', quote_literal(channel) using errcode = 'PC004';
+    when 'type' then
+      raise exception 'channel % does not hold JSON', quote_literal(channel) using errcode = 'PC001';
+    else
+      raise exception 'key % was published to % at position % with another body', quote_literal(key),
+        quote_literal(channel), stored.positions[1] using errcode = 'PC005', hint = 'use another key';
+  end case;
+  perform pgchan.wake(stored.channel_ids, stored.heads, stored.created);
+  return coalesce(stored.positions[1], stored.bases[1] + 1);
+end $$;
+
+-- The messages after a position, at most max; without void output.
+create function pgchan.read(channel text, after bigint default 0, max integer default 100)
+returns table ("position" bigint, kind text, body jsonb, key text, at timestamptz)
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
+  select m."position", (array['message', 'signal', 'control'])[m.kind + 1], pgchan.as_json(m.body, c.content_type),
+         case when m.key not like 'pgchan:%' then m.key end, m.at
+  from pgchan.channels c join pgchan.final_messages m on m.channel_id = c.id
+  where c.name = read.channel and m."position" > greatest(read.after, c.trimmed)
+  order by m."position" limit read.max
+$$;
+
+-- Start a run in the caller's transaction; its id. Idempotent by id. Raises PC001, PC006 (the id was used for another).
+create function pgchan.start(workflow text, args jsonb default '[]', id text default null, queue text default 'default')
+returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_variable
+declare
+  run text := coalesce(id, gen_random_uuid()::text);
+  given jsonb := args;
+  outcome text;
+  ready text;
+begin
+  perform pgchan.check_name(run);
+  if jsonb_typeof(given) is distinct from 'array' or coalesce(workflow, '') = '' or coalesce(queue, '') = ''
+     or run ~ '(^|/)(signals|cancel|resume|fork|journal|result)$' then
+    raise exception 'start takes a workflow, a JSON array of arguments, a legal id and a queue' using errcode = 'PC001';
+  end if;
+  select e.outcome, e.ready into outcome, ready from pgchan.enqueue(
+    run, workflow, null, queue, 0, null, null,
+    convert_to('{"args":' || given::text || ',"kwargs":{}}', 'UTF8'), null) e;
+  if outcome = 'closed' then
+    raise exception 'channel % is closed', quote_literal(run) using errcode = 'PC004';
+  elsif outcome = 'conflict' then
+    raise exception 'run % was started with another workflow or other arguments', quote_literal(run)
+      using errcode = 'PC006', hint = 'use another id';
+  end if;
+  perform pgchan.wake(null, null, true, array[ready]);
+  return run;
+end $$;
+
+-- Signal a run in the caller's transaction; the position. Raises PC001, PC003 (no such run), PC004 (it has ended), PC005.
+create function pgchan.signal(run text, body jsonb, key text default null) returns bigint
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+declare
+  stored record;
+begin
+  perform pgchan.check_name(run);
+  perform pgchan.check_body(body, key);
+  select * into stored from pgchan.deliver(run, convert_to(body::text, 'UTF8'), key) d;
+  case stored.outcome
+    when 'appended', 'repeated' then null;
+    when 'missing' then
+      raise exception 'there is no run %', quote_literal(run) using errcode = 'PC003';
+    when 'closed' then
+      raise exception 'run % has ended', quote_literal(run) using errcode = 'PC004';
+    else
+      raise exception 'key % was used on % with another body', quote_literal(key), quote_literal(run)
+        using errcode = 'PC005', hint = 'use another key';
+  end case;
+  perform pgchan.wake(array[stored.channel_id], array[stored.head], false, array[stored.ready]);
+  return stored."position";
+end $$;
+
+-- What the views show of a run's bytes.
+create view pgchan.run_status as
+  select c.name as id, r.workflow, r.queue, r.priority, r.state, r.attempt, w.name as worker,
+         (select s.step from pgchan.messages s
+          where s.channel_id = r.journal_id and s.kind = 2 and s.body = convert_to('{"type":"started"}', 'UTF8')
+            and not exists (select from pgchan.messages d where d.channel_id = s.channel_id and d.key = s.step)
+          order by s."position" desc limit 1) as step,
+         convert_from(r.error, 'UTF8')::jsonb as error,
+         r.created_at, r.started_at, r.ended_at, r.wake_at
+  from pgchan.runs r join pgchan.channels c on c.id = r.channel_id left join pgchan.workers w on w.id = r.worker;
+
+create view pgchan.channel_status as
+  select c.name, c.head, c.trimmed, c.epoch, c.closed_at is not null as closed, c.content_type, c.created_at, c.expires_at
+  from pgchan.channels c where c.name not like 'pgchan:%';
+
+create view pgchan.worker_status as
+  select w.id, w.name, w.host, w.pid, w.started_at,
+         (select count(*) from pgchan.runs r where r.worker = w.id) as runs
+  from pgchan.workers w;
+
+-- The state of a run as JSON, with its result when it has one; null if there is no such run.
+create function pgchan.status(run text) returns jsonb
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
+  select to_jsonb(s) || jsonb_build_object('result', pgchan.as_json(r.result, 'application/json'))
+  from pgchan.run_status s
+  join pgchan.channels c on c.name = s.id join pgchan.runs r on r.channel_id = c.id
+  where s.id = status.run
+$$;
+
+-- Nobody but the owner may call a routine until a role is given the right to.
+revoke all on all routines in schema pgchan from public;

@@ -1,0 +1,349 @@
+"""The async door: AsyncClient, its channels and its runs, on asyncpg.
+
+Thin: what these methods do is in channels.py and runs.py, how they wait in asyncpg_db.py. sync.py has the same classes, which
+block; test_house compares the two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from pgchan import callers, channels, errors, names, runs, sql
+from pgchan.asyncpg_db import AsyncpgDb
+from pgchan.channels import Tail
+from pgchan.codec import encode
+from pgchan.dsn import resolve, resolve_control
+from pgchan.model import ChannelInfo, Message, Page, RunStatus
+from pgchan.workflows import Workflow
+
+POOL_SIZE = 5  # connections for statements, beside one that writes and one that listens
+PATIENCE_SECONDS = 30.0
+
+
+class AsyncClient:
+    """One database, for async code. Connects on first use; `async with` or `await close()` closes.
+
+    dsn: default $PGCHAN_DSN, then $DATABASE_URL. control_dsn: a direct connection for LISTEN and locks where dsn goes
+    through a transaction pooler; default $PGCHAN_CONTROL_DSN. timeout: seconds for which a call is retried while the
+    database cannot be reached. pool_size: connections for statements; up to two more write and listen.
+    Belongs to the event loop and the process in which it was first used.
+    Raises InvalidInput (the DSN); at first use UnsafeDeployment, SchemaMismatch, Unavailable.
+    """
+
+    def __init__(
+        self, dsn: str | None = None, *, control_dsn: str | None = None, timeout: float = PATIENCE_SECONDS,
+        pool_size: int = POOL_SIZE, name: str = "pgchan",
+    ) -> None:  # fmt: skip
+        self.dsn = resolve(dsn)
+        self.control_dsn = resolve_control(control_dsn, dsn)
+        self._db = AsyncpgDb(
+            self.dsn, self.control_dsn if self.control_dsn != self.dsn else None, patience=names.check_seconds(timeout, "timeout", 0.001),
+            pool_size=names.check_integer(pool_size, "pool_size", 1, 1000), name=names.check_label(name, "name")[:40],
+        )  # fmt: skip
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = os.getpid()
+        self._closed = False
+
+    async def __aenter__(self) -> AsyncClient:
+        await self._use().open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Send what waits to be written, then close all connections. The client cannot be used afterwards."""
+        if not self._closed:
+            self._closed = True
+            await self._db.close()
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counts since the client was made: batches written, their entries, reads of moved channels, other statements."""
+        return self._db.stats
+
+    @property
+    def health(self) -> str:
+        """How the process hears of news: "idle", "connecting", "listening" or "closed"."""
+        return self._db.listener.state
+
+    def _use(self) -> AsyncpgDb:
+        if self._closed:
+            raise errors.InvalidInput("this client is closed; make a new one")
+        if os.getpid() != self._pid:
+            raise errors.InvalidInput("this client was made before a fork; make one in each process")
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise errors.InvalidInput("this client belongs to another event loop; make one in each loop")
+        return self._db
+
+    # -- channels
+
+    def channel(self, name: str) -> AsyncChannel:
+        """The channel of this name. No I/O; it comes into being with its first message, or by create()."""
+        return AsyncChannel(self, names.check_name(name))
+
+    async def channels(self, *, prefix: str = "", limit: int = 100, after: str = "") -> list[ChannelInfo]:
+        """Channels whose name begins with `prefix`, in order of name; after: the last name of the page before."""
+        return await channels.listing(self._use(), after=after, prefix=prefix, limit=limit)
+
+    # -- runs
+
+    async def start(
+        self, workflow: Workflow[Any, Any] | str, /, *args: Any, id: str | None = None, queue: str | None = None,
+        priority: int = 0, delay: float | None = None, timeout: float | None = None, connection: Any = None,
+        **kwargs: Any,
+    ) -> AsyncRunHandle:  # fmt: skip
+        """Start a run of a workflow, given as the function or by name, and return its handle.
+
+        Idempotent by id: starting an id again returns the same run. args, kwargs: JSON values, converted to the
+        function's annotations. priority: higher first. delay: seconds before it may begin. timeout: seconds after
+        which it fails. connection: part of its open transaction; the run exists if and when that commits.
+        Raises InvalidInput, RunConflict (the id was started with something else), ChannelClosed, Unavailable, Indefinite.
+        Source: routine pgchan.enqueue.
+        """
+        db = self._use()
+        values = runs.start_arguments(
+            workflow, args, kwargs, id=id, queue=queue, priority=priority, delay=delay, timeout=timeout
+        )
+        if connection is not None:
+            (row,) = await callers.fetch(connection, sql.ENQUEUE_IN, *values)
+        else:
+            row = await _start(db, values, keyed=id is not None)
+        return AsyncRunHandle(self, values[0], created=runs.started(values[0], row[0]))
+
+    def run(self, id: str) -> AsyncRunHandle:
+        """The handle of a run. No I/O."""
+        return AsyncRunHandle(self, names.check_run(id))
+
+    async def runs(
+        self, *, state: str | None = None, workflow: str | None = None, queue: str | None = None, limit: int = 100,
+        after: str | None = None,
+    ) -> list[RunStatus]:  # fmt: skip
+        """Runs, newest first, filtered; after: the id of the last run of the page before."""
+        return await runs.listing(
+            self._use(), state=state, workflow=workflow, queue=queue, limit=limit, after=after
+        )  # fmt: skip
+
+
+class AsyncChannel:
+    """A named, durable sequence of messages: positions 1, 2, 3… in commit order. Made by `client.channel(name)`."""
+
+    def __init__(self, client: AsyncClient, name: str) -> None:
+        self._client = client
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"<channel {self.name}>"
+
+    async def publish(self, body: Any, *, key: str | None = None, connection: Any = None) -> Message:
+        """Append `body` to this channel and return the stored message, durable unless `connection` is given.
+
+        Positions are 1, 2, 3… in commit order, without gaps. With `key` a repeat stores nothing and returns the
+        first message, so a lost reply can be retried; without it a retry appends twice.
+
+        body: any JSON value, at most BODY_BYTES_MAX bytes encoded; str or bytes on channels of other types.
+        connection: of asyncpg, psycopg or SQLAlchemy: part of its open transaction, visible and announced if and when
+        that commits; the channel takes no other publisher until then.
+        Raises InvalidInput, ChannelClosed, IdempotencyConflict, Unavailable, Indefinite.
+        Source: routine pgchan.append.
+        """
+        db = self._client._use()
+        if connection is None:
+            return await channels.publish(db, self.name, body, key=key)
+        return (await self.publish_many([body], keys=[key], connection=connection))[0]
+
+    async def publish_many(
+        self, bodies: Sequence[Any], *, keys: Sequence[str | None] | None = None, connection: Any = None
+    ) -> list[Message]:
+        """Append several bodies, all or nothing, and return the stored messages in order. One transaction.
+
+        Otherwise as publish. Up to 1,000 bodies and 4 MiB take one round trip.
+        """
+        return await channels.publish_many(
+            self._client._use(), self.name, bodies, channels.check_batch(bodies, keys), connection
+        )
+
+    async def read(self, *, after: int | str = 0, limit: int = 100, view: str = "final") -> list[Message]:
+        """The messages behind `after`, at most `limit`; never waits.
+
+        after: a position, a cursor, or "now". view: "final" leaves out void output of runs, "raw" has everything.
+        Raises InvalidInput, HistoryLost, Trimmed.
+        """
+        return (await self.page(after=after, limit=limit, view=view)).messages
+
+    async def page(self, *, after: int | str = 0, limit: int = 100, view: str = "final") -> Page:
+        """As read, with the cursor of the last position considered, and the channel's head and state."""
+        return await channels.page(self._client._use(), self.name, after=after, limit=limit, view=view)
+
+    def tail(self, *, after: int | str = 0, view: str = "final") -> AsyncTail:
+        """The messages behind `after`, and those to come, for `async for`; ends when the channel is closed and all was read.
+
+        A lost connection is not seen: the tail reconnects and goes on exactly behind the last message it gave.
+        Raises InvalidInput, HistoryLost, Trimmed, UnsafeDeployment.
+        """
+        return AsyncTail(self._client, Tail(self._client._db, self.name, after=after, view=view))
+
+    async def info(self) -> ChannelInfo:
+        """The channel's state. Raises ChannelNotFound."""
+        return await channels.info(self._client._use(), self.name)
+
+    async def create(self, content_type: str = "application/json", ttl: float | None = None) -> None:
+        """Create the channel, unless it exists. ttl: seconds after which it may be removed, with all messages.
+
+        Raises InvalidInput if it exists with another content type.
+        """
+        await channels.create(self._client._use(), self.name, content_type, ttl)
+
+    async def close(self) -> None:
+        """Let the channel take no more messages; its readers end when they have read all. Closing again does nothing.
+
+        Raises ChannelNotFound; InvalidInput on the channel of a run that has not ended.
+        """
+        await channels.close(self._client._use(), self.name)
+
+    async def trim(self, before: int) -> None:
+        """Remove the messages before a position. Raises ChannelNotFound, InvalidInput past the head plus one."""
+        await channels.trim(self._client._use(), self.name, before)
+
+    async def delete(self) -> None:
+        """Delete the channel with its messages; readers that had read some are told HistoryLost. Raises ChannelNotFound."""
+        await channels.delete(self._client._use(), self.name)
+
+
+class AsyncTail:
+    """An endless reader, for `async for`; `async with` or unfollow() ends it early. pages() gives all there is at once."""
+
+    def __init__(self, client: AsyncClient, tail: Tail) -> None:
+        self._client = client
+        self._tail = tail
+        self._page: list[Message] = []
+
+    @property
+    def cursor(self) -> str | None:
+        """Where this reader stands: pass it as `after=` to go on later."""
+        return self._tail.cursor
+
+    def __aiter__(self) -> AsyncTail:
+        return self
+
+    async def __anext__(self) -> Message:
+        while not self._page:
+            found = await self.next_page()
+            if found is None:
+                raise StopAsyncIteration
+            self._page = found[::-1]
+        return self._page.pop()
+
+    async def next_page(self, wait: float = channels.WAIT_SECONDS) -> list[Message] | None:
+        """All that has come, at least one message unless `wait` seconds are over; None at the channel's end."""
+        self._client._use()
+        try:
+            found = await self._tail.next(wait)
+        except errors.Reset:
+            self.unfollow()
+            raise
+        if found is None:
+            self.unfollow()
+        return found
+
+    async def pages(self) -> AsyncIterator[list[Message]]:
+        """Page by page, until the channel's end."""
+        while (found := await self.next_page()) is not None:
+            if found:
+                yield found
+
+    def unfollow(self) -> None:
+        """Stop hearing of the channel."""
+        self._tail.unfollow()
+
+    async def __aenter__(self) -> AsyncTail:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.unfollow()
+
+    def __del__(self) -> None:
+        loop = self._client._loop
+        if loop is not None and not loop.is_closed():  # the collector may run in any thread
+            loop.call_soon_threadsafe(self._tail.unfollow)
+
+
+class AsyncRunHandle:
+    """A run seen from outside. Made by `client.start(…)` and `client.run(id)`.
+
+    channel: what the run says and is told. created: whether this start began it (False: it had been started before).
+    """
+
+    def __init__(self, client: AsyncClient, id: str, *, created: bool = False) -> None:
+        self._client = client
+        self.id = id
+        self.created = created
+        self.channel = AsyncChannel(client, id)
+
+    def __repr__(self) -> str:
+        return f"<run {self.id}>"
+
+    async def status(self) -> RunStatus:
+        """The run's state now. Raises RunNotFound."""
+        return await runs.status(self._client._use(), self.id)
+
+    async def result(self, timeout: float | None = None) -> Any:
+        """Wait for the run's end and return its result. timeout: seconds to wait.
+
+        Raises RunFailed, RunCancelled, RunNotFound, TimeoutError (the run goes on).
+        """
+        return await runs.result(self._client._use(), self.id, timeout)
+
+    async def signal(self, body: Any, *, key: str | None = None, connection: Any = None) -> Message:
+        """Send the run a message, durable when this returns, and wake it if it waits.
+
+        The run consumes signals in order, each once; a `consumed` control message on its channel names the step that
+        did. Signals that it did not consume are named `missed` when it ends. key, connection: as in publish.
+        Raises InvalidInput, RunNotFound, ChannelClosed (the run has ended), IdempotencyConflict, Unavailable, Indefinite.
+        Source: routine pgchan.deliver.
+        """
+        raw, key = encode(body), names.check_key(key)
+        if connection is not None:
+            (row,) = await callers.fetch(connection, sql.DELIVER_IN, self.id, raw, key)
+        else:
+            row = await self._client._use().call(sql.DELIVER, self.id, raw, key)
+        return runs.signalled(self.id, raw, key, row)
+
+    async def cancel(self) -> bool:
+        """Cancel the run: when this returns nothing more is recorded for it. False if it had ended. Raises RunNotFound."""
+        return await runs.cancel(self._client._use(), self.id)
+
+    async def resume(self) -> None:
+        """Put a failed run back into its queue; recorded steps are not executed again.
+
+        Raises RunNotFound; InvalidInput unless it has failed.
+        """
+        await runs.resume(self._client._use(), self.id)
+
+    def tail(self, *, after: int | str = 0, view: str = "final") -> AsyncTail:
+        """What the run says, as channel.tail; ends when the run has ended."""
+        return self.channel.tail(after=after, view=view)
+
+    async def journal(self) -> list[Message]:
+        """The recorded results in order: `.key` is the step's name, `.body` its result. Raises RunNotFound."""
+        return await runs.journal(self._client._use(), self.id)
+
+    async def delete(self) -> None:
+        """Delete a run that has ended, with its channel and journal. Raises RunNotFound, InvalidInput."""
+        await channels.delete(self._client._use(), self.id, run=True)
+
+
+async def _start(db: AsyncpgDb, values: tuple[Any, ...], *, keyed: bool) -> Any:
+    """Enqueue; the id is the key, so a lost answer is asked for again."""
+    try:
+        return await db.call(sql.ENQUEUE, *values)
+    except errors.Indefinite:
+        row = await db.call(sql.ENQUEUE, *values)
+        # Without an id of the caller's own nobody else can have started this run.
+        return row if keyed or row[0] != "existed" else ("started", row[1])

@@ -1,0 +1,765 @@
+"""`Db` on asyncpg: a pool for statements, one connection that writes, one that listens. All waiting of the async door.
+
+The tasks here are the only ones that pgchan runs on its own account in a client's event loop: `Writer` pumps the batches of
+writer.py, `Listener` the hub of wakeups.py. Both reconnect for ever, with backoff; what they owe to callers has deadlines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from typing import Any
+
+import asyncpg
+
+from pgchan import db, errors, sql
+from pgchan.db import Entry, Known, Outcome, Row
+from pgchan.names import POSITION_MAX
+from pgchan.wakeups import LISTEN_NAMES, MOVED_BYTES_MAX, MOVED_MESSAGES_MAX, SWEEP_SECONDS, Followed, Hub, Watch
+from pgchan.writer import Batch, Queued, Settle, Waiting
+
+CONNECT_SECONDS = 5.0  # for one try
+CALL_SECONDS = 35.0  # longer than statement_timeout: past it the connection is given up
+LISTEN_SECONDS = 10.0  # for one statement of the listener
+PING_SECONDS = 3.0  # how often the listener hears itself; it reconnects when it missed a ping
+KNOWN_MAX = 100_000  # channels whose id and type are remembered
+LOCK_CLASS = 1_885_823_848  # of pgchan's advisory locks; in the space of two int4 keys
+
+log = logging.getLogger("pgchan")
+
+Connection = Any  # asyncpg's connections, and the proxies of its pool, share no public base class
+DRIVER_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, EOFError)
+
+
+class AsyncpgDb:
+    """One database over asyncpg. Opens nothing until it is used."""
+
+    def __init__(self, dsn: str, control_dsn: str | None, *, patience: float, pool_size: int, name: str) -> None:
+        self._dsn = dsn
+        self._control_dsn = control_dsn
+        self._pool_size = pool_size
+        self._name = name
+        self._patience = patience
+        self._pool: asyncpg.Pool[Any] | None = None
+        self._opening = asyncio.Lock()
+        self._pooled = False  # whether the DSN leads through a pooler
+        self._known: dict[str, Known] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._announcing: set[asyncio.Future[None]] = set()
+        self.stats: dict[str, int] = {"reads": 0, "writes": 0, "entries": 0, "pages": 0}
+        self.writer = Writer(self)
+        self.listener = Listener(self)
+
+    @property
+    def patience(self) -> float:
+        """Seconds for which a call is retried."""
+        return self._patience
+
+    # -- connections
+
+    async def connect(self, role: str, *, direct: bool = False) -> Connection:
+        """A connection of pgchan's own for one purpose; direct: to control_dsn, past a pooler."""
+        dsn = self._control_dsn if direct and self._control_dsn else self._dsn
+        settings = {**db.SESSION, "application_name": f"{self._name} {role}"}
+        pooled = self._pooled and not (direct and self._control_dsn)
+        while True:
+            try:
+                connection = await asyncpg.connect(
+                    dsn, timeout=CONNECT_SECONDS, server_settings={} if pooled else settings,
+                    statement_cache_size=0 if pooled else 100,
+                )  # fmt: skip
+            except asyncpg.ProtocolViolationError:  # a pooler takes only the parameters that it knows
+                if pooled:
+                    raise
+                pooled = True
+            except asyncpg.InvalidParameterValueError:
+                if not any(settings.pop(name, None) for name in db.SESSION_OPTIONAL):
+                    raise
+            else:
+                _keep_alive(connection)
+                if not direct:
+                    self._pooled = pooled
+                return connection
+
+    async def _open(self) -> asyncpg.Pool[Any]:
+        if self._pool is not None:
+            return self._pool
+        async with self._opening:
+            if self._pool is None:
+                first = await self.connect("check")
+                try:
+                    await self._check(first)
+                finally:
+                    await _close(first)
+                self._pool = await self._make_pool()
+        return self._pool
+
+    async def _make_pool(self) -> asyncpg.Pool[Any]:
+        async def connect(*_: Any, **__: Any) -> Connection:
+            return await self.connect("pool")
+
+        async def keep(_: Connection) -> None:
+            """Nothing to reset: transactions are ended, and pgchan changes no setting of a session."""
+
+        return await asyncpg.create_pool(connect=connect, reset=keep, min_size=0, max_size=self._pool_size)
+
+    async def _check(self, connection: Connection) -> None:
+        row = await connection.fetchrow(sql.DEPLOYMENT)
+        db.check_deployment(row)
+        # A pooler invents the backend pid that it tells its clients.
+        self._pooled = self._pooled or connection.get_server_pid() != row[6]
+        db.check_version(await connection.fetchval(sql.VERSION))
+
+    async def check_control(self) -> None:
+        """Refuse to listen or lock where a transaction pooler would make that hear and hold nothing."""
+        await self.open()
+        if self._pooled and self._control_dsn is None and not await self._holds_sessions():
+            raise errors.UnsafeDeployment(
+                "the DSN leads through a transaction pooler, on which LISTEN hears nothing and session locks hold "
+                "nothing; give control_dsn= (or PGCHAN_CONTROL_DSN), a direct connection to the same database"
+            )
+
+    async def _holds_sessions(self) -> bool:
+        # Two connections, one lock: behind a session pooler the second cannot get it.
+        key = int.from_bytes(os.urandom(3), "big")
+        first = await self.connect("probe")
+        second = await self.connect("probe")
+        try:
+            await first.fetchval(sql.TRY_LOCK, LOCK_CLASS + 1, key)
+            got = await second.fetchval(sql.TRY_LOCK, LOCK_CLASS + 1, key)
+            await first.fetchval(sql.UNLOCK, LOCK_CLASS + 1, key)
+            if got:
+                await second.fetchval(sql.UNLOCK, LOCK_CLASS + 1, key)
+            return not got
+        finally:
+            await _close(first)
+            await _close(second)
+
+    async def open(self) -> None:
+        """Connect and check; retried while the server cannot be reached."""
+        self._loop = asyncio.get_running_loop()
+        await self._persist(self._open, writing=False)
+
+    async def close(self) -> None:
+        """Send what waits, then end tasks and connections."""
+        await self.writer.close()
+        await self.listener.close()
+        if self._pool is not None:
+            try:
+                async with asyncio.timeout(CONNECT_SECONDS):
+                    await self._pool.close()
+            except (TimeoutError, *DRIVER_ERRORS):
+                self._pool.terminate()
+
+    @contextlib.asynccontextmanager
+    async def acquire(self) -> AsyncIterator[Connection]:
+        """A connection of the pool, for a transaction of several statements."""
+        pool = await self._persist(self._open, writing=False)
+        try:
+            connection = await pool.acquire(timeout=self._patience)
+        except TimeoutError:
+            raise errors.Unavailable(f"all {self._pool_size} connections of the pool are in use") from None
+        except DRIVER_ERRORS as error:
+            raise translate(error, writing=False) from error
+        try:
+            yield connection
+        finally:
+            await pool.release(connection)
+
+    # -- Db
+
+    async def fetch(self, statement: str, *args: object) -> list[Row]:
+        """See Db."""
+        rows: list[Row] = await self._persist(partial(self._run, statement, args), writing=False)
+        return rows
+
+    async def call(self, statement: str, *args: object) -> Row:
+        """See Db."""
+        rows: list[Row] = await self._persist(partial(self._run, statement, args), writing=True)
+        return rows[0]
+
+    async def _run(self, statement: str, args: tuple[object, ...]) -> list[Row]:
+        pool = await self._open()
+        try:
+            connection = await pool.acquire(timeout=CONNECT_SECONDS)
+        except TimeoutError:
+            raise errors.Unavailable(f"all {self._pool_size} connections of the pool are in use") from None
+        except DRIVER_ERRORS as error:
+            raise translate(error, writing=False) from error
+        try:
+            self.stats["pages"] += 1
+            rows: list[Row] = await connection.fetch(statement, *args, timeout=CALL_SECONDS)
+            return rows
+        finally:
+            await pool.release(connection)
+
+    async def _persist(self, action: Callable[[], Any], *, writing: bool) -> Any:
+        """Do it, and do it again while it is known not to be done, until the patience is over."""
+        until = time.monotonic() + self._patience
+        tries = 0
+        while True:
+            try:
+                return await action()
+            except errors.Unavailable as error:
+                failed: errors.Error = error
+            except errors.Error:
+                raise
+            except DRIVER_ERRORS as error:
+                failed = translate(error, writing=writing and self._pool is not None)
+                if not isinstance(failed, errors.Unavailable):
+                    raise failed from error
+            tries += 1
+            pause = db.backoff(tries)
+            if time.monotonic() + pause > until:
+                raise failed
+            await asyncio.sleep(pause)
+
+    async def append(self, entry: Entry) -> Outcome:
+        """See Db."""
+        if self._pool is None:
+            await self.open()
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        await self.writer.room()
+        self.writer.put(entry, partial(_settle, future))
+        outcome = await future
+        if outcome.word != "type" and entry.owner is None and outcome.channel_id is not None:
+            self.learn(entry.name, Known(outcome.channel_id, entry.content_type))
+        return outcome
+
+    async def append_together(self, batches: Sequence[Batch]) -> list[Outcome]:
+        """See Db."""
+        if len(batches) == 1:
+            return batches[0].outcomes(await self.call(sql.WRITE, *batches[0].arguments()))
+        outcomes: list[Outcome] = []
+        moved: dict[int, int] = {}
+        created = False
+        async with self.acquire() as connection:
+            transaction = connection.transaction()
+            await transaction.start()
+            try:
+                for batch in batches:
+                    row = await connection.fetchrow(sql.APPEND_QUIETLY, *batch.arguments())
+                    outcomes += batch.outcomes(row)
+                    moved.update({i: head for i, head in zip(row[0], row[1], strict=True) if head is not None})
+                    created = created or row[7]
+                if any(outcome.word not in db.STORED for outcome in outcomes):
+                    await transaction.rollback()
+                    return outcomes
+            except DRIVER_ERRORS as error:
+                with contextlib.suppress(*DRIVER_ERRORS):
+                    await transaction.rollback()
+                raise translate(error, writing=False) from error
+            try:
+                await transaction.commit()
+            except DRIVER_ERRORS as error:
+                raise translate(error, writing=True) from error
+        self.announce(list(moved), list(moved.values()), created, [])
+        return outcomes
+
+    async def follow(self, name: str) -> AsyncFollow:
+        """See Db."""
+        return await self.listener.follow(name)
+
+    async def wait(self, follow: db.Follow, after: int, seconds: float) -> None:
+        """See Db."""
+        assert isinstance(follow, AsyncFollow)
+        await follow.wait(seconds)
+
+    async def watch_end(self, channel_id: int) -> AsyncEnding:
+        """See Db."""
+        await self.listener.start()
+        return AsyncEnding(self.listener.hub, channel_id)
+
+    async def wait_end(self, ending: db.Ending, seconds: float) -> None:
+        """See Db."""
+        assert isinstance(ending, AsyncEnding)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await ending.event.wait()
+        ending.event.clear()
+
+    def announce(self, ids: list[int], heads: list[int], created: bool, queues: list[str]) -> None:
+        """Send wakeups for what a caller's transaction has committed; if that fails, the sweeps find it."""
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(self._announce_soon, ids, heads, created, queues)
+
+    def _announce_soon(self, *announcement: Any) -> None:
+        task = asyncio.ensure_future(self._announce(*announcement))
+        self._announcing.add(task)
+        task.add_done_callback(self._announcing.discard)
+
+    async def _announce(self, *announcement: Any) -> None:
+        with contextlib.suppress(errors.Error):
+            await self.fetch(sql.WAKE, *announcement)
+
+    def known(self, name: str) -> Known | None:
+        """See Db."""
+        return self._known.get(name)
+
+    def learn(self, name: str, known: Known | None) -> None:
+        """See Db."""
+        if known is None:
+            self._known.pop(name, None)
+            return
+        if len(self._known) >= KNOWN_MAX:
+            self._known.pop(next(iter(self._known)))
+        self._known[name] = known
+
+    def monotonic(self) -> float:
+        """See Db."""
+        return time.monotonic()
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+class Writer:
+    """Sends batch after batch on a connection of its own. Theory in writer.py."""
+
+    def __init__(self, owner: AsyncpgDb) -> None:
+        self._db = owner
+        self._waiting = Waiting()
+        self._connection: Connection | None = None
+        self._backend: Row | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._busy = False
+        self.heads: dict[int, int] = {}  # of channels that a run in this process owns: the last position it wrote or saw
+        self.on_written: Callable[[int, int, int], None] | None = None  # channel, head before, head after
+
+    async def room(self) -> None:
+        """Until less than the most that may wait in memory waits."""
+        while self._waiting.is_full:
+            self._room.clear()
+            await self._room.wait()
+
+    def put(self, entry: Entry, settle: Settle | None) -> None:
+        """Add an entry to the next batch; `settle` is called once with what became of it."""
+        self._waiting.put(Queued(entry, settle, time.monotonic() + self._db.patience))
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name="pgchan writer")
+        elif not self._busy:
+            self._wake.set()
+
+    async def close(self) -> None:
+        """Send what waits; what cannot be sent in time is reported to its callers."""
+        if self._task is None:
+            return
+        try:
+            async with asyncio.timeout(self._db.patience):
+                while (len(self._waiting) or self._busy) and not self._task.done():
+                    await asyncio.sleep(0.005)
+        except TimeoutError:
+            pass
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        _settle_all(self._waiting.take_all(), errors.Unavailable("the client was closed before this was written"))
+        if self._connection is not None:
+            await _close(self._connection)
+
+    async def _run(self) -> None:
+        while True:
+            batch = self._waiting.take()
+            if batch is None:
+                self._busy = False
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            self._busy = True
+            if not self._waiting.is_full:
+                self._room.set()
+            try:
+                await self._send(batch)
+            except asyncio.CancelledError:
+                _settle_all(batch.queued, errors.Indefinite("the client was closed while this was being written"))
+                raise
+            except Exception as error:  # a bug of ours must not leave callers waiting
+                log.exception("writing a batch failed")
+                _settle_all(batch.queued, errors.Error(f"writing failed: {error}"))
+
+    async def _send(self, batch: Batch) -> None:
+        tries = 0
+        while (connection := await self._connected()) is None:
+            tries += 1
+            _settle_all(self._drop_expired(batch), errors.Unavailable("the database cannot be reached"))
+            if not batch.queued:
+                return
+            await asyncio.sleep(db.backoff(tries))
+        try:
+            row = await connection.fetchrow(sql.WRITE, *batch.arguments(), timeout=CALL_SECONDS)
+        except DRIVER_ERRORS as error:
+            await self._failed(batch, translate(error, writing=True))
+            return
+        self._done(batch, row)
+
+    def _done(self, batch: Batch, row: Row) -> None:
+        stats = self._db.stats
+        stats["writes"] += 1
+        stats["entries"] += len(batch.queued)
+        for entry, head in batch.heads(row):
+            assert entry.channel_id is not None
+            self.heads[entry.channel_id] = head
+            if self.on_written is not None:
+                written = sum(1 for queued in batch.queued if queued.entry.name == entry.name)
+                self.on_written(entry.channel_id, head - written, head)
+        for queued, outcome in zip(batch.queued, batch.outcomes(row), strict=True):
+            if queued.settle is not None:
+                queued.settle(outcome)
+
+    def _drop_expired(self, batch: Batch) -> list[Queued]:
+        now = time.monotonic()
+        expired = [queued for queued in batch.queued if queued.deadline <= now] + self._waiting.take_expired(now)
+        if any(queued in batch.queued for queued in expired):
+            self._waiting.put_back([queued for queued in batch.queued if queued.deadline > now])
+            batch.queued = []
+        return expired
+
+    async def _connected(self) -> Connection | None:
+        if self._connection is not None and not self._connection.is_closed():
+            return self._connection
+        try:
+            self._connection = await self._db.connect("writer")
+            self._backend = await self._connection.fetchrow(sql.WHO_AM_I)
+        except DRIVER_ERRORS:
+            self._connection = None
+        return self._connection
+
+    async def _failed(self, batch: Batch, error: errors.Error) -> None:
+        if isinstance(error, errors.Unavailable):  # known not to be done
+            self._waiting.put_back(batch.queued)
+            _settle_all(self._waiting.take_expired(time.monotonic()), error)
+            await asyncio.sleep(db.backoff(1))
+        elif isinstance(error, errors.Indefinite):
+            await self._resolve(batch)
+        elif len(batch.queued) == 1:
+            _settle_all(batch.queued, error)
+        else:  # one entry that the server refuses must not take the others along: each goes alone
+            for queued in batch.queued:
+                alone = Batch()
+                alone.add(queued)
+                await self._send(alone)
+
+    async def _resolve(self, batch: Batch) -> None:
+        """Find out what became of a batch whose answer was lost."""
+        lost, self._connection = self._connection, None
+        backend, self._backend = self._backend, None
+        if lost is not None:
+            lost.terminate()
+        doubt = errors.Indefinite(
+            "the connection was lost before the answer came; perhaps it was written: retry with the same key"
+        )
+        tries = 0
+        until = max(queued.deadline for queued in batch.queued)
+        while True:
+            try:
+                found = await self._look_for(batch, backend)
+                break
+            except DRIVER_ERRORS:
+                tries += 1
+                if time.monotonic() > until:
+                    _settle_all(batch.queued, doubt)
+                    return
+                await asyncio.sleep(db.backoff(tries))
+        if found is None:  # nobody's entries can tell: only those with a key can be sent again
+            again = [queued for queued in batch.queued if queued.entry.key is not None]
+            _settle_all([queued for queued in batch.queued if queued.entry.key is None], doubt)
+            self._waiting.put_back(again)
+        elif not found:  # the batch did not commit
+            self._waiting.put_back(batch.queued)
+        else:
+            rest = []
+            for index, queued in enumerate(batch.queued):
+                if (outcome := found.get(index)) is not None:
+                    if queued.settle is not None:
+                        queued.settle(outcome)
+                elif queued.entry.key is not None:
+                    rest.append(queued)
+                else:
+                    _settle_all([queued], doubt)
+            self._waiting.put_back(rest)
+
+    async def _look_for(self, batch: Batch, backend: Row | None) -> dict[int, Outcome] | None:
+        """What of the batch is stored, by index; empty: nothing; None: it cannot be told."""
+        owned = [(entry, indices) for entry, indices in batch.owned() if entry.channel_id in self.heads]
+        if not owned and not any(queued.entry.key for queued in batch.queued):
+            return None
+        connection = await self._connected()
+        if connection is None:
+            raise OSError("not connected")
+        if backend is not None and not self._db._pooled:
+            await connection.fetch(sql.END_BACKEND, backend[0], backend[1])
+        if not owned:
+            return None
+        found: dict[int, Outcome] = {}
+        for entry, indices in owned:
+            assert entry.channel_id is not None
+            rows = await connection.fetch(sql.WRITTEN_SINCE, entry.channel_id, self.heads[entry.channel_id])
+            for index, (position, at) in zip(indices, rows, strict=False):
+                found[index] = Outcome(db.APPENDED, entry.channel_id, position, at)
+            if rows:
+                self.heads[entry.channel_id] = rows[-1][0]
+        return found
+
+
+# ------------------------------------------------------------------------------------------------ listening
+
+
+class Listener:
+    """Pumps the hub: hears hints and reads what they point at, on one connection. Theory in wakeups.py.
+
+    state: "idle" (not used yet), "connecting", "listening" (and hearing its own pings), "closed".
+    """
+
+    def __init__(self, owner: AsyncpgDb) -> None:
+        self._db = owner
+        self._waiters: dict[Followed, list[asyncio.Future[None]]] = {}
+        self.hub = Hub(self._announce)
+        self.state = "idle"
+        self._task: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._listening = asyncio.Event()
+        self._ping_name = f"pgchan_ping_{uuid.uuid4().hex[:16]}"
+        self._ping_heard = True
+
+    async def start(self) -> None:
+        """Listen; returns when it does. Raises UnsafeDeployment behind a transaction pooler."""
+        if self._task is None:
+            await self._db.check_control()
+        if self._task is None:
+            self.state = "connecting"
+            self._task = asyncio.create_task(self._run(), name="pgchan listener")
+        await self._listening.wait()
+
+    async def close(self) -> None:
+        """Stop listening; readers that wait are cancelled by their owners."""
+        self.state = "closed"
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def follow(self, name: str) -> AsyncFollow:
+        """Start hearing of a channel."""
+        await self.start()
+        followed, fresh = self.hub.follow(name)
+        follow = AsyncFollow(self, followed)
+        if fresh:
+            try:
+                rows = await self._db.fetch(sql.FOLLOW, [name])
+            except BaseException:
+                follow.unfollow()
+                raise
+            self.hub.looked_up(rows, fresh=True)
+        return follow
+
+    def poke(self) -> None:
+        """Let the pump look at once."""
+        self._wake.set()
+
+    def _announce(self, followed: Followed) -> None:
+        for future in self._waiters.pop(followed, ()):
+            if not future.done():
+                future.set_result(None)
+
+    async def changed(self, followed: Followed, seconds: float) -> None:
+        """Until the hub has news of the channel, or the time is over."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.setdefault(followed, []).append(future)
+        try:
+            async with asyncio.timeout(seconds):
+                await future
+        except TimeoutError:
+            pass
+        finally:
+            if not future.done() or future.cancelled():
+                with contextlib.suppress(ValueError, KeyError):
+                    self._waiters[followed].remove(future)
+
+    async def _run(self) -> None:
+        tries = 0
+        while True:
+            connection = None
+            try:
+                connection = await self._db.connect("listen", direct=True)
+                await self._listen(connection)
+                tries = 0
+                await self._pump(connection)
+            except DRIVER_ERRORS as error:
+                log.info("the listening connection was lost (%s); reconnecting", type(error).__name__)
+            except Exception:
+                log.exception("the listener failed; reconnecting")
+            finally:
+                if connection is not None:
+                    connection.terminate()
+            self.state = "connecting"
+            tries += 1
+            await asyncio.sleep(db.backoff(tries))
+
+    async def _listen(self, connection: Connection) -> None:
+        connection.add_termination_listener(lambda _: self._wake.set())
+        for name in (*LISTEN_NAMES, self._ping_name):
+            await connection.add_listener(name, self._heard)
+        self._ping_heard = True
+        self.hub.everything_moved()  # only now: what is read from here on was announced to us or is there already
+        self.state = "listening"
+        self._listening.set()
+        self._wake.set()
+
+    def _heard(self, _connection: Any, _pid: int, name: str, payload: Any) -> None:
+        if name == self._ping_name:
+            self._ping_heard = True
+        elif self.hub.heard(name, payload):
+            self._wake.set()
+
+    async def _pump(self, connection: Connection) -> None:
+        next_sweep = next_ping = time.monotonic() + SWEEP_SECONDS
+        while True:
+            if self.hub.fruitless >= 3:
+                await asyncio.sleep(0.05)  # hints that lead to nothing are read at 20 a second at most
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, min(next_sweep, next_ping) - time.monotonic())):
+                    await self._wake.wait()
+            self._wake.clear()
+            if connection.is_closed():
+                raise ConnectionError("closed")
+            if self.hub.look_up and (unknown := self.hub.unknown_names()):
+                self.hub.looked_up(await self._fetch(connection, sql.FOLLOW, unknown))
+            await self._read(connection)
+            now = time.monotonic()
+            if now >= next_sweep:
+                next_sweep = now + SWEEP_SECONDS
+                self.hub.look_up = True
+                if ids := self.hub.swept_ids():
+                    self.hub.swept(await self._fetch(connection, sql.SWEEP, ids))
+                    await self._read(connection)
+                if unknown := self.hub.unknown_names():
+                    self.hub.looked_up(await self._fetch(connection, sql.FOLLOW, unknown))
+            if now >= next_ping:
+                next_ping = now + PING_SECONDS
+                if not self._ping_heard:
+                    raise ConnectionError("the listener does not hear itself")
+                self._ping_heard = False
+                await self._fetch(connection, sql.PING, self._ping_name)
+
+    async def _read(self, connection: Connection) -> None:
+        while True:
+            ids, heads = self.hub.take_dirty()
+            if not ids:
+                return
+            self._db.stats["reads"] += 1
+            rows = await self._fetch(connection, sql.READ_MOVED, ids, heads, MOVED_MESSAGES_MAX, MOVED_BYTES_MAX)
+            self.hub.read(rows)
+            if self.hub.fruitless:
+                return
+
+    async def _fetch(self, connection: Connection, statement: str, *args: object) -> list[Row]:
+        rows: list[Row] = await connection.fetch(statement, *args, timeout=LISTEN_SECONDS)
+        return rows
+
+
+class AsyncFollow:
+    """One reader's interest in a channel."""
+
+    __slots__ = ("_done", "_listener", "followed")
+
+    def __init__(self, listener: Listener, followed: Followed) -> None:
+        self._listener = listener
+        self.followed = followed
+        self._done = False
+
+    @property
+    def is_closed(self) -> bool:
+        """See Follow."""
+        return self.followed.is_closed
+
+    def recent(self, after: int, after_us: int | None) -> list[Any] | None:
+        """See Follow."""
+        return self.followed.recent(after, after_us)
+
+    async def wait(self, seconds: float) -> None:
+        """Until there is news, or the time is over."""
+        await self._listener.changed(self.followed, seconds)
+
+    def unfollow(self) -> None:
+        """See Follow."""
+        if not self._done:
+            self._done = True
+            self._listener.hub.unfollow(self.followed)
+
+
+class AsyncEnding:
+    """One caller's interest in a channel's end."""
+
+    __slots__ = ("_hub", "_watch", "event")
+
+    def __init__(self, hub: Hub, channel_id: int) -> None:
+        self.event = asyncio.Event()
+        self._hub = hub
+        self._watch = Watch(channel_id, POSITION_MAX, self.event.set)
+        hub.watch(self._watch)
+
+    def unfollow(self) -> None:
+        """See Ending."""
+        self._hub.unwatch(self._watch)
+
+
+# ------------------------------------------------------------------------------------------------ small things
+
+
+def translate(error: BaseException, *, writing: bool) -> errors.Error:
+    """The error of the tree for an error of asyncpg or of the network."""
+    if isinstance(error, errors.Error):
+        return error
+    if isinstance(error, asyncpg.PostgresError):
+        return db.translate(
+            error.sqlstate, getattr(error, "message", None) or str(error), getattr(error, "hint", None), writing=writing
+        )  # fmt: skip
+    if isinstance(error, asyncpg.InterfaceError):  # raised before anything was sent
+        return db.translate(None, "", None, writing=False)
+    return db.translate(None, "", None, writing=writing)
+
+
+def _settle(future: asyncio.Future[Outcome], outcome: Outcome | errors.Error) -> None:
+    if future.done():
+        return
+    if isinstance(outcome, errors.Error):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
+
+
+def _settle_all(queued: list[Queued], error: errors.Error) -> None:
+    for one in queued:
+        if one.settle is not None:
+            one.settle(error)
+
+
+async def _close(connection: Connection) -> None:
+    try:
+        await connection.close(timeout=1.0)
+    except DRIVER_ERRORS:
+        connection.terminate()
+
+
+def _keep_alive(connection: Connection) -> None:
+    """Notice a dead network in about five seconds. asyncpg has no option for it, so this reaches for its socket; without
+    one (another version, a Unix socket) the timeouts above remain."""
+    transport = getattr(connection, "_transport", None)
+    raw = transport.get_extra_info("socket") if transport is not None else None
+    if raw is None or raw.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    options = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 5000}
+    for name, value in options.items():
+        if (option := getattr(socket, name, None)) is not None:
+            level = socket.SOL_SOCKET if name.startswith("SO_") else socket.IPPROTO_TCP
+            with contextlib.suppress(OSError):
+                raw.setsockopt(level, option, value)

@@ -1,0 +1,249 @@
+"""The seam between what pgchan does and how it waits.
+
+What pgchan does is written once, as coroutines over `Db`. `AsyncClient` awaits them. `Client` steps them with `drive`:
+its `Db` blocks instead of suspending, so the first `send` runs a coroutine to its end. Code above this seam knows no
+driver, no event loop and no thread.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from pgchan import errors
+from pgchan.model import MESSAGE, Message
+
+if TYPE_CHECKING:
+    from pgchan.writer import Batch
+
+SCHEMA_VERSION = "pgchan_0001"  # what pgchan.version() must say
+
+T = TypeVar("T")
+Row = Sequence[Any]
+
+APPENDED = "appended"
+REPEATED = "repeated"
+STORED = frozenset({APPENDED, REPEATED})
+
+
+class Entry:
+    """One message on its way into a channel; slots and no defaults machinery, for there is one per token.
+
+    channel_id is None until the name was looked up. fence: the epoch that must own the channel. owner: entries of one
+    owner in a batch are written together or not at all. inbox: signals up to here are consumed with it.
+    """
+
+    __slots__ = (
+        "attempt", "body", "channel_id", "content_type", "fence", "inbox", "key", "kind", "name", "owner", "step",
+        "void_from",
+    )  # fmt: skip
+
+    def __init__(
+        self, name: str, body: bytes, *, channel_id: int | None = None, content_type: str = "application/json",
+        kind: int = MESSAGE, key: str | None = None, step: str | None = None, attempt: int | None = None,
+        void_from: int | None = None, fence: int | None = None, owner: int | None = None, inbox: int | None = None,
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.body = body
+        self.channel_id = channel_id
+        self.content_type = content_type
+        self.kind = kind
+        self.key = key
+        self.step = step
+        self.attempt = attempt
+        self.void_from = void_from
+        self.fence = fence
+        self.owner = owner
+        self.inbox = inbox
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of an entry: a word of `pgchan.append`, and where the message is if it is stored."""
+
+    word: str
+    channel_id: int | None
+    position: int | None
+    at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What a process remembers of a channel, so that it need not ask before each publish."""
+
+    id: int
+    content_type: str
+
+
+class Follow(Protocol):
+    """A reader's interest in a channel, kept alive by holding it."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the channel takes no more messages, as far as is known."""
+
+    def recent(self, after: int, after_us: int | None) -> list[Message] | None:
+        """Messages behind a position from memory; None if memory does not reach back to it."""
+
+    def unfollow(self) -> None:
+        """Give the interest up; called when the reader is done."""
+
+
+class Ending(Protocol):
+    """An interest in a channel's end only, kept alive by holding it."""
+
+    def unfollow(self) -> None:
+        """Give the interest up."""
+
+
+class Db(Protocol):
+    """One database, as the code above the seam sees it."""
+
+    async def fetch(self, statement: str, *args: object) -> list[Row]:
+        """Run a statement that only reads, again after any failure until the patience is over; its rows."""
+
+    async def call(self, statement: str, *args: object) -> Row:
+        """Run a statement that writes, in a transaction of its own; its single row.
+
+        It is tried again only while it is known not to be done; then Unavailable. Perhaps done: Indefinite.
+        """
+
+    async def append(self, entry: Entry) -> Outcome:
+        """Write an entry with the next batch; durable when it returns."""
+
+    async def append_together(self, batches: Sequence[Batch]) -> list[Outcome]:
+        """Write batches in one transaction, or none of them where one of their entries is refused."""
+
+    def announce(self, ids: list[int], heads: list[int], created: bool, queues: list[str]) -> None:
+        """Send wakeups for what another transaction has committed, soon and without waiting."""
+
+    async def follow(self, name: str) -> Follow:
+        """Start hearing of a channel; wakeups from then on are not missed."""
+
+    async def wait(self, follow: Follow, after: int, seconds: float) -> None:
+        """Until there may be something behind `after`, or something else changed, or the time is over."""
+
+    async def watch_end(self, channel_id: int) -> Ending:
+        """Start hearing of a channel's end, and of nothing else."""
+
+    async def wait_end(self, ending: Ending, seconds: float) -> None:
+        """Until the channel may have ended, or the time is over."""
+
+    def known(self, name: str) -> Known | None:
+        """What is remembered of a channel."""
+
+    def learn(self, name: str, known: Known | None) -> None:
+        """Remember, or forget, a channel."""
+
+    def monotonic(self) -> float:
+        """Seconds on a clock that never jumps."""
+
+    @property
+    def patience(self) -> float:
+        """Seconds for which a call is retried before it is Unavailable."""
+
+
+# Settings of every connection that pgchan opens for itself: a role or a database may have other defaults, and each of
+# these would break something (a lease on a connection that listens, a snapshot that outlives its statement, …).
+SESSION: dict[str, str] = {
+    "default_transaction_isolation": "read committed",  # the append is written for it
+    "statement_timeout": "30s",  # nothing that pgchan sends takes that long
+    "lock_timeout": "0",  # it could strike after a commit
+    "idle_session_timeout": "0",
+    "idle_in_transaction_session_timeout": "60s",  # a transaction of run.transaction() whose worker hangs
+    "client_connection_check_interval": "500ms",  # a dead client's statement ends, and with it its locks
+    "timezone": "UTC",
+}
+# Not every platform that PostgreSQL runs on has these; a server that refuses them is asked again without.
+SESSION_OPTIONAL = ("client_connection_check_interval",)
+
+BACKOFF_SECONDS = (0.02, 1.0)  # first and longest pause between tries; each doubles and is drawn at random below that
+
+# What a server must not be. The text is what the user reads, so it names the fix.
+_OLDEST_SERVER = 140_000
+
+
+def backoff(tries: int) -> float:
+    """How long to pause after the `tries`-th failure, from 1: exponential, with full jitter."""
+    first, longest = BACKOFF_SECONDS
+    return random.uniform(first / 2, min(longest, first * 2 ** min(tries, 16)))  # noqa: S311 - not a secret
+
+
+def check_deployment(row: Row) -> None:
+    """Refuse a server on which a promise would break; row: sql.DEPLOYMENT.
+
+    Raises UnsafeDeployment, SchemaMismatch (not migrated).
+    """
+    number, encoding, fsync, full_page_writes, read_only, standby, _pid, migrated, database, user = row
+    if number < _OLDEST_SERVER:
+        raise errors.UnsafeDeployment(
+            f"PostgreSQL {number // 10_000} is too old; pgchan needs 14 or newer: upgrade the server"
+        )
+    if standby:
+        raise errors.UnsafeDeployment("the DSN leads to a standby, which takes no writes; point it at the primary")
+    if read_only == "on":
+        raise errors.UnsafeDeployment(
+            "the DSN leads to a read-only session; point it at the primary, or unset default_transaction_read_only"
+        )
+    if encoding != "UTF8":
+        raise errors.UnsafeDeployment(f"database {database!r} is encoded in {encoding}; pgchan needs one in UTF8")
+    for name, value in (("fsync", fsync), ("full_page_writes", full_page_writes)):
+        if value != "on":
+            raise errors.UnsafeDeployment(f"the server runs with {name}={value} and may lose commits; set {name}=on")
+    if not migrated:
+        raise errors.SchemaMismatch(
+            f"database {database!r} has no pgchan schema; run: pgchan migrate", found=None, wanted=SCHEMA_VERSION
+        )
+
+
+def check_version(found: str) -> None:
+    """Refuse a schema that this code was not made for."""
+    if found != SCHEMA_VERSION:
+        older = found < SCHEMA_VERSION
+        raise errors.SchemaMismatch(
+            f"the database is at {found}, this code needs {SCHEMA_VERSION}; "
+            + ("run: pgchan migrate" if older else "install the pgchan release that made it"),
+            found=found, wanted=SCHEMA_VERSION,
+        )  # fmt: skip
+
+
+def translate(sqlstate: str | None, message: str, hint: str | None, *, writing: bool) -> errors.Error:
+    """The error of the tree for a driver's error on a connection of pgchan's own.
+
+    sqlstate None: the connection failed or was lost. writing: the statement may have committed before it failed.
+    Texts of the server are passed on only where our own routines wrote them.
+    """
+    if sqlstate is not None and (known := errors.BY_SQLSTATE.get(sqlstate)) is not None:
+        return known(f"{message}; {hint}" if hint else message)
+    if sqlstate == "42501":
+        return errors.UnsafeDeployment(f"the database role lacks a right ({message}); grant it, or run: pgchan doctor")
+    if sqlstate is not None and (sqlstate in ("3D000", "28P01") or sqlstate.startswith("28")):
+        return errors.UnsafeDeployment("the server refused this user, password or database; check the DSN")
+    if sqlstate in ("42883", "42P01", "3F000"):
+        return errors.SchemaMismatch("the pgchan schema is not what this code expects; run: pgchan migrate",
+                                     found=None, wanted=SCHEMA_VERSION)  # fmt: skip
+    if sqlstate in errors.NOT_DONE:
+        return errors.Unavailable(f"the database refused for now (SQLSTATE {sqlstate}); nothing was written")
+    lost = sqlstate is None or sqlstate[:2] in ("08", "57", "55", "54")
+    if not lost:
+        return errors.Error(f"the database refused a statement of pgchan (SQLSTATE {sqlstate})")
+    if writing:
+        return errors.Indefinite(
+            "the connection was lost before the answer came; perhaps it was written: retry with the same key"
+        )
+    return errors.Unavailable("the database cannot be reached")
+
+
+def drive(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Step a coroutine to its end, for a door that blocks where the other one suspends."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    finally:
+        coroutine.close()
+    raise AssertionError("a blocking Db suspended")

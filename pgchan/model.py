@@ -1,0 +1,187 @@
+"""The nouns: what readers and callers are handed. Frozen, slotted, compared by value."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+
+from pgchan import codec, names
+from pgchan.errors import InvalidInput
+
+Kind = Literal["message", "signal", "control"]
+State = Literal["scheduled", "running", "waiting", "succeeded", "failed", "cancelled"]
+
+KINDS: tuple[Kind, ...] = ("message", "signal", "control")  # by the number that messages.kind holds
+MESSAGE, SIGNAL, CONTROL = range(3)
+STATES: tuple[State, ...] = ("scheduled", "running", "waiting", "succeeded", "failed", "cancelled")
+ENDED = frozenset({"succeeded", "failed", "cancelled"})
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+_UNSET: Any = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a channel.
+
+    position: 1, 2, 3… within the channel. at: when it was appended, UTC. kind: "message", "signal" (sent to a run) or
+    "control" (written by pgchan itself: reset, consumed, ended). raw: the stored bytes. key: its idempotency key; in a
+    journal the step's name. step, attempt: the step of a run that published it, and which try of it, from 1.
+    """
+
+    channel: str
+    position: int
+    at: datetime
+    kind: Kind
+    raw: bytes = field(repr=False)
+    key: str | None = None
+    step: str | None = None
+    attempt: int | None = None
+    content_type: str = field(default=codec.JSON, repr=False)
+    void_from: int | None = field(default=None, repr=False)  # of a reset: where the output that it voids begins
+    _body: Any = field(default=_UNSET, init=False, repr=False, compare=False)
+    # Encodings of this message (its JSON, its SSE frame), made once and shared by all readers of the process.
+    cache: dict[str, bytes] | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def body(self) -> Any:
+        """The decoded body: a JSON value, a str for text types, bytes for others."""
+        if self._body is _UNSET:
+            if codec.is_json(self.content_type) or self.kind == "control":
+                body = codec.decode(self.raw)
+            else:
+                body = self.raw.decode() if self.content_type.startswith("text/") else self.raw
+            object.__setattr__(self, "_body", body)
+        return self._body
+
+    @property
+    def cursor(self) -> str:
+        """The position as a token that can be verified: pass it as `after=` to go on behind this message."""
+        return names.format_cursor(self.position, microseconds(self.at))
+
+    def to_json(self) -> bytes:
+        """This message as the JSON object that HTTP, the CLI and browsers get. Encoded once."""
+        if self.cache is None:
+            object.__setattr__(self, "cache", {})
+        assert self.cache is not None
+        if (found := self.cache.get("json")) is None:
+            found = self.cache["json"] = self._to_json()
+        return found
+
+    def _to_json(self) -> bytes:
+        at = self.at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        head = json.dumps(
+            {"channel": self.channel, "position": self.position, "cursor": self.cursor, "kind": self.kind},
+            separators=(",", ":"),
+        )
+        tail = json.dumps(
+            {"key": self.key, "step": self.step, "attempt": self.attempt, "at": at},
+            separators=(",", ":"), ensure_ascii=False,
+        )  # fmt: skip
+        if codec.is_json(self.content_type) or self.kind == "control":
+            body = self.raw
+        elif self.content_type.startswith("text/"):
+            body = json.dumps(self.raw.decode(errors="replace"), ensure_ascii=False).encode()
+        else:
+            body = json.dumps(base64.b64encode(self.raw).decode()).encode() + b',"encoding":"base64"'
+        return head[:-1].encode() + b',"body":' + body + b"," + tail[1:].encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Part of a channel: its messages, the cursor of the last position considered, and the channel's state.
+
+    A reader is done when `closed` and the cursor's position is `head`.
+    """
+
+    messages: list[Message]
+    cursor: str
+    head: int
+    closed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelInfo:
+    """A channel's state. head: last position, 0 while empty. trimmed: last position removed. expires_at: with a ttl."""
+
+    name: str
+    head: int
+    trimmed: int
+    epoch: int
+    closed: bool
+    content_type: str
+    created_at: datetime
+    expires_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunError:
+    """What ended a failed run: the exception's type and message. str() gives both."""
+
+    type: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.type}: {self.message}" if self.message else self.type
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """A run seen from outside. attempt: how often it was claimed. worker: who runs it. step: the step under way, shown
+    once it has taken longer than a moment. wake_at: when a scheduled or waiting run goes on by itself."""
+
+    id: str
+    workflow: str
+    queue: str
+    priority: int
+    state: State
+    attempt: int
+    worker: str | None
+    step: str | None
+    error: RunError | None
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+    wake_at: datetime | None
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether the run has succeeded, failed or been cancelled."""
+        return self.state in ENDED
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """How often a failing step is tried, and when: the n-th retry after delay × backoff^(n-1) seconds, at most max_delay.
+
+    only: the exception types worth another try; others fail the step at once.
+    """
+
+    attempts: int = 3
+    delay: float = 1.0
+    backoff: float = 2.0
+    max_delay: float = 60.0
+    only: type[BaseException] | tuple[type[BaseException], ...] | None = None
+
+    def __post_init__(self) -> None:
+        names.check_integer(self.attempts, "Retry.attempts", 1, 1_000_000)
+        names.check_seconds(self.delay, "Retry.delay")
+        names.check_seconds(self.max_delay, "Retry.max_delay")
+        if isinstance(self.backoff, bool) or not isinstance(self.backoff, int | float) or not 1 <= self.backoff <= 1000:
+            raise InvalidInput(f"Retry.backoff must be from 1 to 1000, not {self.backoff!r}")
+
+    def seconds(self, failed: int) -> float:
+        """How long to wait after the `failed`-th failure, from 1."""
+        try:
+            return float(min(self.max_delay, self.delay * self.backoff ** (failed - 1)))
+        except OverflowError:
+            return self.max_delay
+
+
+def microseconds(at: datetime) -> int:
+    """Whole microseconds since 1970, the check in a cursor."""
+    return (at - _EPOCH) // _MICROSECOND

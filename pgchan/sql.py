@@ -1,0 +1,254 @@
+"""Every statement that the clients send, and why it is written that way.
+
+Writes are calls of the routines in schema.sql; reads stand here. Statements are static text with `$n` parameters, each
+cast, so that both drivers and SQLAlchemy send the same text and the server never guesses a type. The worker's presence
+(locks, heartbeats) is in the last section.
+"""
+
+from __future__ import annotations
+
+# ------------------------------------------------------------------------------------------------ writing
+
+# The batch of a writer: 15 arrays in, one row out. See `append` in schema.sql.
+WRITE = """
+call pgchan.write($1::bigint[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::integer[], $7::bigint[],
+                  $8::integer[], $9::integer[], $10::smallint[], $11::text[], $12::text[], $13::integer[],
+                  $14::bigint[], $15::bytea[], null, null, null, null, null, null, null)
+"""
+
+# The same in the caller's transaction, announced within it (a NOTIFY is sent when its transaction commits).
+APPEND = """
+select a.channel_ids, a.heads, a.bases, a.outcomes, a.at, a.positions, a.ats,
+       pgchan.wake(a.channel_ids, a.heads, a.created)
+from pgchan.append($1::bigint[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::integer[], $7::bigint[],
+                   $8::integer[], $9::integer[], $10::smallint[], $11::text[], $12::text[], $13::integer[],
+                   $14::bigint[], $15::bytea[]) a
+"""
+
+# The same without the announcement, for callers that send it after their commit.
+APPEND_QUIETLY = """
+select a.channel_ids, a.heads, a.bases, a.outcomes, a.at, a.positions, a.ats, a.created
+from pgchan.append($1::bigint[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::integer[], $7::bigint[],
+                   $8::integer[], $9::integer[], $10::smallint[], $11::text[], $12::text[], $13::integer[],
+                   $14::bigint[], $15::bytea[]) a
+"""
+
+WAKE = "select pgchan.wake($1::bigint[], $2::bigint[], $3::boolean, $4::text[])"
+
+# Which of the messages that an owner wrote lie behind a position: tells after a lost answer whether the batch committed.
+# Only the owner of a run writes messages with a step, or with a key of pgchan's own, to its channel.
+WRITTEN_SINCE = """
+select m."position", m.at from pgchan.messages m
+where m.channel_id = $1::bigint and m."position" > $2::bigint
+  and (m.step is not null or m.key is not null and m.kind <> 1) order by m."position"
+"""
+
+# A backend whose client has lost its connection may still be at work. It must be gone before anybody concludes from the
+# tables that its statement did nothing. backend_start guards against a pid that was given to somebody else since.
+END_BACKEND = """
+select pg_terminate_backend(a.pid, 5000) from pg_stat_activity a
+where a.pid = $1::integer and a.backend_start = $2::timestamptz
+"""
+WHO_AM_I = """
+select pg_backend_pid(), (select a.backend_start from pg_stat_activity a where a.pid = pg_backend_pid())
+"""
+
+# ------------------------------------------------------------------------------------------------ channels
+
+CREATE_CHANNEL = "select c.content_type, c.created from pgchan.create_channel($1::text, $2::text, $3::double precision) c"
+CLOSE_CHANNEL = "select pgchan.close_channel($1::text)"
+TRIM_CHANNEL = "select pgchan.trim_channel($1::text, $2::bigint)"
+DELETE_CHANNEL = "select pgchan.delete_channel($1::text)"
+EXPIRE = "select pgchan.expire()"
+
+CHANNEL_INFO = """
+select c.name, c.head, c.trimmed, c.epoch, c.closed_at is not null, c.content_type, c.created_at, c.expires_at
+from pgchan.channels c where c.name = $1::text
+"""
+
+CHANNELS = """
+select c.name, c.head, c.trimmed, c.epoch, c.closed_at is not null, c.content_type, c.created_at, c.expires_at
+from pgchan.channels c
+where c.name not like 'pgchan:%' and c.name > $1::text and c.name like $2::text order by c.name limit $3::integer
+"""
+
+# A channel's type, before its first publish from this process.
+CHANNEL_ID = "select c.id, c.content_type from pgchan.channels c where c.name = $1::text"
+
+# One page: the state of the channel on every row, and its messages from the reader's own position on. That row comes
+# along to be compared with the cursor: in the same statement, so no failover can fall between check and read. The left
+# join keeps the state where there is nothing to read. Bodies are bounded by their running size, which the window sums
+# up before any of them is fetched from TOAST.
+PAGE_RAW = """
+select c.id, c.head, c.trimmed, c.closed_at is not null, c.content_type, h.at, m.total,
+       m."position", m.at, m.kind, m.key, m.step, m.attempt, m.void_from, m.body
+from pgchan.channels c left join pgchan.messages h on h.channel_id = c.id and h."position" = c.head
+left join lateral (
+  select b.*, sum(octet_length(b.body)) over (order by b."position") as size,
+         row_number() over (order by b."position") as n, count(*) over () as total
+  from (select * from pgchan.messages m
+        where m.channel_id = c.id and m."position" >= greatest($2::bigint, c.trimmed)
+        order by m."position" limit $3::integer) b) m on m.size <= $4::bigint or m.n <= 2
+where c.name = $1::text order by m."position"
+"""
+# total tells how many rows there were before that bound. h.at makes the cursor of the head.
+# The same without void output. The reader's own row is compared whether it has become void or not.
+PAGE_FINAL = """
+select c.id, c.head, c.trimmed, c.closed_at is not null, c.content_type, h.at, m.total,
+       m."position", m.at, m.kind, m.key, m.step, m.attempt, m.void_from, m.body
+from pgchan.channels c left join pgchan.messages h on h.channel_id = c.id and h."position" = c.head
+left join lateral (
+  select b.*, sum(octet_length(b.body)) over (order by b."position") as size,
+         row_number() over (order by b."position") as n, count(*) over () as total
+  from (select * from pgchan.messages m where m.channel_id = c.id and m."position" = $2::bigint
+        union all
+        (select * from pgchan.final_messages m
+         where m.channel_id = c.id and m."position" > greatest($2::bigint, c.trimmed)
+         order by m."position" limit $3::integer)) b) m on m.size <= $4::bigint or m.n <= 2
+where c.name = $1::text order by m."position"
+"""
+
+# Names to what a listener must know of them; the last message's time makes their cursors verifiable.
+FOLLOW = """
+select c.name, c.id, c.head, m.at, c.closed_at is not null, c.content_type
+from pgchan.channels c left join pgchan.messages m on m.channel_id = c.id and m."position" = c.head
+where c.name = any ($1::text[])
+"""
+
+# All channels that have moved, in one statement: from the last message that the process has on, which is compared.
+# Limits per channel keep one busy channel from delaying the others; what is left over is read by the next statement.
+READ_MOVED = """
+select f.id, c.head, c.closed_at is not null,
+       m."position", m.at, m.kind, m.key, m.step, m.attempt, m.void_from, m.body
+from unnest($1::bigint[], $2::bigint[]) f (id, after)
+left join pgchan.channels c on c.id = f.id
+left join lateral (
+  select b.*, sum(octet_length(b.body)) over (order by b."position") as size,
+         row_number() over (order by b."position") as n
+  from (select * from pgchan.messages m where m.channel_id = f.id and m."position" >= f.after
+        order by m."position" limit $3::integer) b) m on m.size <= $4::bigint or m.n <= 2
+order by f.id, m."position"
+"""
+
+# What a lost wakeup would have told.
+SWEEP = """
+select f.id, c.head, c.closed_at is not null, c.epoch
+from unnest($1::bigint[]) f (id) left join pgchan.channels c on c.id = f.id
+"""
+
+# ------------------------------------------------------------------------------------------------ runs, from outside
+
+ENQUEUE = """
+call pgchan.call_enqueue($1::text, $2::text, $3::text, $4::text, $5::integer, $6::double precision,
+                         $7::double precision, $8::bytea, $9::bigint, null, null)
+"""
+ENQUEUE_IN = """
+select e.outcome, e.ready, pgchan.wake(null, null, true, array[e.ready])
+from pgchan.enqueue($1::text, $2::text, $3::text, $4::text, $5::integer, $6::double precision, $7::double precision,
+                    $8::bytea, $9::bigint) e
+"""
+DELIVER = "call pgchan.call_deliver($1::text, $2::bytea, $3::text, null, null, null, null, null, null)"
+DELIVER_IN = """
+select d.outcome, d.channel_id, d."position", d.at, d.head, d.ready,
+       pgchan.wake(array[d.channel_id], array[d.head], false, array[d.ready])
+from pgchan.deliver($1::text, $2::bytea, $3::text) d
+"""
+CANCEL = "select pgchan.cancel($1::text)"
+RESUME = "select pgchan.resume($1::text)"
+
+RUN_STATUS = """
+select s.id, s.workflow, s.queue, s.priority, s.state, s.attempt, s.worker, s.step, s.error ->> 'type',
+       s.error ->> 'message', s.created_at, s.started_at, s.ended_at, s.wake_at
+from pgchan.run_status s where s.id = $1::text
+"""
+RUN_RESULT = """
+select r.channel_id, r.state, r.result, r.error from pgchan.channels c join pgchan.runs r on r.channel_id = c.id where c.name = $1::text
+"""
+RUN_JOURNAL = """
+select j.name from pgchan.channels c join pgchan.runs r on r.channel_id = c.id join pgchan.channels j on j.id = r.journal_id
+where c.name = $1::text
+"""
+# Newest first. `after` is the id of the last run of the page before; $5 null: from the newest.
+RUNS = """
+select s.id, s.workflow, s.queue, s.priority, s.state, s.attempt, s.worker, s.step, s.error ->> 'type',
+       s.error ->> 'message', s.created_at, s.started_at, s.ended_at, s.wake_at
+from pgchan.run_status s
+where ($1::text is null or s.state = $1::text) and ($2::text is null or s.workflow = $2::text)
+  and ($3::text is null or s.queue = $3::text)
+  and ($5::text is null or (s.created_at, s.id) < (select a.created_at, a.id from pgchan.run_status a where a.id = $5::text))
+order by s.created_at desc, s.id desc limit $4::integer
+"""
+
+# ------------------------------------------------------------------------------------------------ runs, by a worker
+
+CLAIM = """
+select c.channel_id, c.run, c.journal_id, c.workflow, c.input, c.attempt, c.epoch, c.speaks_from, c.deadline, h.head, j.head
+from pgchan.claim($1::integer, $2::text[], $3::text[], $4::integer) c
+join pgchan.channels h on h.id = c.channel_id join pgchan.channels j on j.id = c.journal_id
+"""
+# How many runs of these queues are ready that this worker has no code for, by workflow.
+UNKNOWN_WORKFLOWS = """
+select r.workflow, count(*) from pgchan.runs r
+where r.state = 'scheduled' and r.wake_at is null and r.queue = any ($1::text[]) and r.workflow <> all ($2::text[])
+group by r.workflow order by r.workflow limit 100
+"""
+# When the next timer is due, in seconds; what a worker sleeps until.
+NEXT_TIMER = """
+select extract(epoch from min(r.wake_at) - clock_timestamp())::double precision
+from pgchan.runs r where r.wake_at is not null and r.state in ('scheduled', 'waiting')
+"""
+# The journals of claimed runs, in order.
+JOURNALS = """
+select m.channel_id, m.kind, m.key, m.step, m.attempt, m.body from pgchan.messages m
+where m.channel_id = any ($1::bigint[]) order by m.channel_id, m."position"
+"""
+# Which steps have spoken, how far, and in which attempt: what a later attempt must void or may carry on from.
+SPOKEN = """
+select m.channel_id, m.step, max(m.attempt), count(*) from pgchan.messages m
+join unnest($1::bigint[], $2::bigint[]) f (id, speaks_from) on m.channel_id = f.id and m."position" >= f.speaks_from
+where m.step is not null and m.kind in (0, 2) group by m.channel_id, m.step
+"""
+# Output of a step by its earlier attempts that is not void, in order: run.previous().
+PREVIOUS = """
+select m."position", m.at, m.kind, m.key, m.step, m.attempt, m.void_from, m.body from pgchan.final_messages m
+where m.channel_id = $1::bigint and m."position" >= $2::bigint and m.step = $3::text and m.attempt < $4::integer
+  and m.kind = 0 order by m."position" limit $5::integer
+"""
+# Signals that arrived and nobody consumed, for all runs that may have some. Also says who owns the run now.
+INBOX = """
+select f.id, c.epoch, c.head, c.closed_at is not null, m."position", m.at, m.key, m.body
+from unnest($1::bigint[], $2::bigint[]) f (id, seen)
+left join pgchan.channels c on c.id = f.id
+left join lateral (select s.* from pgchan.messages s where s.channel_id = f.id and s.kind = 1
+                   and s."position" > greatest(f.seen, c.inbox) and not exists (
+                     select from pgchan.messages d
+                     where d.channel_id = f.id and d.key = 'pgchan:consumed:' || s."position")
+                   order by s."position" limit 1000) m on true
+order by f.id, m."position"
+"""
+FINISH = "call pgchan.call_finish($1::bigint, $2::bigint, $3::text, $4::bytea, $5::bytea, null, null)"
+SUSPEND = "select pgchan.suspend($1::bigint, $2::bigint, $3::timestamptz, $4::bigint, $5::text[])"
+RELEASE = "select pgchan.release($1::integer, $2::bigint[])"
+# Which runs this worker still owns, by the database's word.
+HELD = """
+select r.channel_id, c.epoch from pgchan.runs r join pgchan.channels c on c.id = r.channel_id where r.worker = $1::integer
+"""
+WORKERS = "select w.id, w.name, w.host, w.pid, w.started_at, w.runs from pgchan.worker_status w order by w.id"
+QUEUE_NUMBERS = "select q.name, hashtext(q.name) from unnest($1::text[]) q (name)"
+DATABASE_NOW = "select clock_timestamp()"
+
+# ------------------------------------------------------------------------------------------------ at connect
+
+# Everything that the checks at connect need, in one round trip. to_regprocedure is null, not an error, where pgchan has
+# not been migrated.
+DEPLOYMENT = """
+select current_setting('server_version_num')::integer, current_setting('server_encoding'),
+       current_setting('fsync'), current_setting('full_page_writes'), current_setting('transaction_read_only'),
+       pg_is_in_recovery(), pg_backend_pid(), to_regprocedure('pgchan.version()') is not null,
+       current_database(), current_user
+"""
+VERSION = "select pgchan.version()"
+MAY_READ = "select has_table_privilege('pgchan.channels', 'select')"
+PING = "select pg_notify($1::text, '')"
+TRY_LOCK = "select pg_try_advisory_lock($1::integer, $2::integer)"
+UNLOCK = "select pg_advisory_unlock($1::integer, $2::integer)"

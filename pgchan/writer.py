@@ -1,0 +1,181 @@
+"""Group commit: what waits to be written, what goes into the next batch, what became of each entry. No I/O.
+
+How it works. A door has one connection for writing. Whatever has accumulated while a batch was on its way makes up the next
+one, which is sent as soon as the last is acknowledged: no timers, and under load the batches grow by themselves. A batch is
+one `call pgchan.write(…)`: atomic, one commit, one round trip, however many channels it touches.
+
+Order is strictly that of arrival. Where an entry cannot go along (its channel is in the batch under another fence, its key is
+there already, a limit is reached) the batch ends before it. So a step's output never overtakes, nor is overtaken by, its result.
+
+A lost connection leaves one batch in doubt. It is all there or not at all, so one message that can be recognised tells: entries
+of an owner (the current attempt of a run; nobody else writes messages with a step there) are looked for behind the last position
+known, entries with a key are sent again and found, and only what has neither goes to its caller as Indefinite.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pgchan.db import Entry, Outcome, Row
+from pgchan.errors import Error
+from pgchan.names import PAGE_BYTES_MAX, PAGE_MESSAGES_MAX
+
+BATCH_ENTRIES_MAX = PAGE_MESSAGES_MAX  # a batch takes milliseconds; more gains nothing [benchmarks/floors.py]
+BATCH_BYTES_MAX = PAGE_BYTES_MAX
+WAITING_BYTES_MAX = 16 << 20  # what may wait in memory; publishers wait for room past it
+WAITING_ENTRIES_MAX = 50_000
+
+Settle = Callable[["Outcome | Error"], None]
+
+
+@dataclass(slots=True, eq=False)
+class Queued:
+    """An entry, who is told what became of it, and until when it is tried."""
+
+    entry: Entry
+    settle: Settle | None
+    deadline: float
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    slot: int
+    entry: Entry  # the first: its channel, fence and owner are those of the group
+    count: int = 0
+    inbox: int | None = None
+    keys: set[str] = field(default_factory=set)
+
+
+class Batch:
+    """Entries that go to the database in one call, grouped by channel."""
+
+    def __init__(self) -> None:
+        self.queued: list[Queued] = []
+        self._groups: dict[str, _Group] = {}
+        self._slots: list[int] = []
+        self._nths: list[int] = []
+        self._size = 0
+
+    def add(self, queued: Queued) -> bool:
+        """Take an entry along; False if this batch cannot."""
+        entry = queued.entry
+        if self.queued and (
+            len(self.queued) >= BATCH_ENTRIES_MAX or self._size + len(entry.body) > BATCH_BYTES_MAX
+        ):  # fmt: skip
+            return False
+        group = self._groups.get(entry.name)
+        if group is None:
+            group = self._groups[entry.name] = _Group(len(self._groups) + 1, entry)
+        elif (
+            group.entry.fence != entry.fence
+            or group.entry.channel_id != entry.channel_id
+            or group.entry.content_type != entry.content_type
+            or entry.key in group.keys
+        ):
+            return False
+        if entry.key is not None:
+            group.keys.add(entry.key)
+        if entry.inbox is not None:
+            group.inbox = entry.inbox if group.inbox is None else max(group.inbox, entry.inbox)
+        group.count += 1
+        self._slots.append(group.slot)
+        self._nths.append(group.count)
+        self._size += len(entry.body)
+        self.queued.append(queued)
+        return True
+
+    def arguments(self) -> tuple[list[Any], ...]:
+        """The 15 arrays of `pgchan.append`."""
+        groups = [group.entry for group in self._groups.values()]
+        entries = [queued.entry for queued in self.queued]
+        return (
+            [g.channel_id for g in groups], [g.name for g in groups], [g.content_type for g in groups],
+            [g.fence for g in groups], [g.owner for g in groups], [g.count for g in self._groups.values()],
+            [g.inbox for g in self._groups.values()],
+            self._slots, self._nths, [e.kind for e in entries], [e.key for e in entries], [e.step for e in entries],
+            [e.attempt for e in entries], [e.void_from for e in entries], [e.body for e in entries],
+        )  # fmt: skip
+
+    def outcomes(self, row: Row) -> list[Outcome]:
+        """One outcome per entry, from the row that `pgchan.write` or `pgchan.append` returned."""
+        channel_ids, _heads, bases, words, at, positions, ats = row[:7]
+        if bases is None:  # the batch held a key that is stored: the answer is per entry
+            return [
+                Outcome(word, channel_ids[slot - 1], position, stored_at)
+                for word, slot, position, stored_at in zip(words, self._slots, positions, ats, strict=True)
+            ]
+        return [
+            Outcome(words[slot - 1], channel_ids[slot - 1], bases[slot - 1] + nth, at)
+            if bases[slot - 1] is not None
+            else Outcome(words[slot - 1], channel_ids[slot - 1], None, None)
+            for slot, nth in zip(self._slots, self._nths, strict=True)
+        ]
+
+    def heads(self, row: Row) -> list[tuple[Entry, int]]:
+        """The channels that were written by an owner, and the head that each has now."""
+        return [
+            (group.entry, head)
+            for group, head in zip(self._groups.values(), row[1], strict=True)
+            if head is not None and group.entry.owner is not None
+        ]
+
+    def owned(self) -> list[tuple[Entry, list[int]]]:
+        """The groups that have an owner: the channel, and the indices of its entries in this batch."""
+        found: dict[str, tuple[Entry, list[int]]] = {}
+        for index, queued in enumerate(self.queued):
+            if queued.entry.owner is not None:
+                found.setdefault(queued.entry.name, (queued.entry, []))[1].append(index)
+        return list(found.values())
+
+
+class Waiting:
+    """What has not been sent yet, in order of arrival."""
+
+    def __init__(self) -> None:
+        self._queued: deque[Queued] = deque()
+        self._size = 0
+
+    def __len__(self) -> int:
+        return len(self._queued)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether publishers should wait for room."""
+        return self._size > WAITING_BYTES_MAX or len(self._queued) > WAITING_ENTRIES_MAX
+
+    def put(self, queued: Queued) -> None:
+        """Add an entry."""
+        self._queued.append(queued)
+        self._size += len(queued.entry.body)
+
+    def put_back(self, queued: list[Queued]) -> None:
+        """Return entries of a batch that was not written, to the front and in their order."""
+        self._queued.extendleft(reversed(queued))
+        self._size += sum(len(q.entry.body) for q in queued)
+
+    def take(self) -> Batch | None:
+        """The next batch; None if nothing waits."""
+        if not self._queued:
+            return None
+        batch = Batch()
+        while self._queued and batch.add(self._queued[0]):
+            self._size -= len(self._queued.popleft().entry.body)
+        return batch
+
+    def take_expired(self, now: float) -> list[Queued]:
+        """Remove and return what should have been written by now."""
+        expired = [q for q in self._queued if q.deadline <= now]
+        if expired:
+            self._queued = deque(q for q in self._queued if q.deadline > now)
+            self._size = sum(len(q.entry.body) for q in self._queued)
+        return expired
+
+    def take_all(self) -> list[Queued]:
+        """Remove and return everything."""
+        everything = list(self._queued)
+        self._queued.clear()
+        self._size = 0
+        return everything

@@ -1,0 +1,450 @@
+"""The commands: what they print, and how they end. Long, because there are many of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+from cluster import free_port
+
+import pgchan
+
+SECRET = "s3cret-w0rd"
+
+
+class Done:
+    """How a command ended, and what it printed."""
+
+    def __init__(self, process: subprocess.CompletedProcess[bytes]) -> None:
+        self.status = process.returncode
+        self.out = process.stdout.decode()
+        self.error = process.stderr.decode()
+        assert "Traceback" not in self.error, self.error
+        assert SECRET not in self.out + self.error
+
+
+def environment(dsn: str | None) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PGCHAN_")}
+    return kept | ({"PGCHAN_DSN": dsn} if dsn else {})
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-W", "error", "-m", "pgchan.cli", *arguments]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Any:
+    """Run the command in an empty directory."""
+
+    def run(*arguments: str, dsn: str | None = None, stdin: bytes = b"") -> Done:
+        return Done(
+            subprocess.run(
+                command(*arguments), env=environment(dsn), cwd=tmp_path, input=stdin, capture_output=True, timeout=60
+            )
+        )
+
+    return run
+
+
+def refused(done: Done, status: int) -> str:
+    """The one line on stderr of a command that did not do it."""
+    assert done.status == status, (done.status, done.out, done.error)
+    assert done.out == ""
+    assert done.error.startswith("pgchan: ")
+    assert done.error.count("\n") == 1, done.error
+    return done.error
+
+
+# ---- bad input: exit 2 and one line
+
+UNREACHABLE = "postgresql://me@127.0.0.1:1/nowhere"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["unknown"],
+        ["tail"],
+        ["tail", "chat/42", "--unknown"],
+        ["tail", "chat/42", "--view", "half"],
+        ["start", "research", "{}"],
+        ["start", "research", "[1"],
+        ["start", "research", "[NaN]"],
+        ["start", "research", "[]", "--priority", "high"],
+        ["publish", "chat/42", "hello"],
+        ["publish", "chat/42", "[" * 100_000],
+        ["publish", "chat/42", "-", "--key", "k"],
+        ["signal", "run-1", "{"],
+        ["worker", "nothing"],
+        ["worker", ":worker"],
+        ["worker", "no_such_module_anywhere:worker"],
+        ["worker", "json:nothing"],
+        ["worker", "json:loads"],
+        ["worker", "../json:loads"],
+        ["serve", "json:__name__"],
+        ["serve", "json:loads", "--workers", "1"],
+        ["serve", "json:loads", "--port", "99999"],
+        ["migrate", "pgchan_9999", "--sql"],
+        ["migrate", "--start", "base"],
+        ["demo", "--workers", "-1"],
+    ],
+)
+def test_bad_input_ends_with_2_and_one_line(run: Any, arguments: list[str]) -> None:
+    refused(run(*arguments, dsn=UNREACHABLE), 2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tail", ""],
+        ["tail", "a b"],
+        ["tail", "chat/42", "--after", "1e3"],
+        ["tail", "chat/42", "--after=-1"],
+        ["publish", "pgchan:x", "1"],
+        ["publish", "x" * 201, "1"],
+        ["publish", "chat/42", "1", "--key", ""],
+        ["runs", "--state", "sleeping"],
+        ["runs", "--limit", "0"],
+        ["channels", "--limit", "-1"],
+        ["show", "run/journal"],
+        ["start", "research", "--delay", "nan"],
+        ["start", "research", "--timeout", "-1"],
+    ],
+)
+def test_what_the_library_refuses_ends_with_2_and_one_line(run: Any, dsn: str, arguments: list[str]) -> None:
+    refused(run(*arguments, dsn=dsn), 2)
+
+
+COMMANDS = [
+    ["tail", "chat/42"], ["publish", "chat/42", "1"], ["channels"], ["start", "research"], ["signal", "r", "1"],
+    ["cancel", "r"], ["resume", "r"], ["runs"], ["show", "r"], ["migrate"], ["migrate", "base"],
+    ["migrate", "--current"], ["doctor"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+def test_a_missing_dsn_is_2(run: Any, arguments: list[str]) -> None:
+    assert "PGCHAN_DSN" in refused(run(*arguments), 2)
+
+
+MALFORMED = [f"postgresql://me:{SECRET}@127.0.0.1:x/db", f"postgresql://me:{SECRET}/@127.0.0.1:1/db", f"mysql://{SECRET}"]
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+def test_a_malformed_dsn_is_2_and_not_shown(run: Any, arguments: list[str]) -> None:
+    refused(run(*arguments, "--dsn", MALFORMED[0]), 2)
+
+
+@pytest.mark.parametrize("dsn", MALFORMED)
+def test_a_malformed_dsn_in_the_environment_is_2_and_not_shown(run: Any, dsn: str) -> None:
+    refused(run("publish", "chat/42", "1", dsn=dsn), 2)
+    refused(run("migrate", dsn=dsn), 2)
+
+
+@pytest.mark.parametrize("arguments", [["migrate"], ["migrate", "--current"]], ids=" ".join)
+def test_a_server_that_cannot_be_reached_is_1_and_its_password_not_shown(run: Any, arguments: list[str]) -> None:
+    refused(run(*arguments, dsn=f"postgresql://me:{SECRET}@127.0.0.1:1/db"), 1)
+
+
+def test_a_database_that_a_newer_pgchan_made_is_2(run: Any, dsn: str) -> None:
+    with psycopg.connect(dsn) as connection:
+        connection.execute("update pgchan.alembic_version set version_num = 'pgchan_9999'")
+        connection.execute("create or replace function pgchan.version() returns text language sql return 'pgchan_9999'")
+    assert "pgchan_9999" in refused(run("migrate", dsn=dsn), 2)
+    assert "pgchan_9999" in refused(run("publish", "chat/42", "1", dsn=dsn), 2)
+
+
+def test_a_database_that_was_not_migrated_is_2(run: Any, empty_dsn: str) -> None:
+    assert "pgchan migrate" in refused(run("publish", "chat/42", "1", dsn=empty_dsn), 2)
+
+
+def test_what_is_not_there_or_refused_is_1(run: Any, dsn: str) -> None:
+    refused(run("cancel", "nobody", dsn=dsn), 1)
+    refused(run("show", "nobody", dsn=dsn), 1)
+    refused(run("signal", "nobody", "1", dsn=dsn), 1)
+    run("publish", "chat/42", "1", "--key", "k", dsn=dsn)
+    refused(run("publish", "chat/42", "2", "--key", "k", dsn=dsn), 1)
+
+
+@pytest.mark.parametrize("options", [[], ["--insecure", "--host", "0.0.0.0"]])
+def test_a_worker_is_not_served_to_everybody(tmp_path: Path, run: Any, options: list[str]) -> None:
+    (tmp_path / "mine.py").write_text("import pgchan\nworker = pgchan.Worker(pgchan.AsyncClient(), [])\n")
+    refused(run("serve", "mine:worker", *options, dsn=UNREACHABLE), 2)
+
+
+def test_what_a_users_module_raises_is_shown_in_one_line(tmp_path: Path, run: Any) -> None:
+    (tmp_path / "mine.py").write_text("raise KeyError('first\\nsecond')\n")
+    assert "KeyError" in refused(run("worker", "mine:worker"), 2)
+
+
+# ---- migrate
+
+
+def test_migrate_brings_a_database_to_the_newest_revision(run: Any, empty_dsn: str) -> None:
+    assert run("migrate", "--current", dsn=empty_dsn).out == "base\n"
+    assert run("migrate", dsn=empty_dsn).out == "pgchan_0001\n"
+    assert run("migrate", dsn=empty_dsn).out == "pgchan_0001\n"
+    assert run("migrate", "--current", "--dsn", empty_dsn).out == "pgchan_0001\n"
+
+
+def test_migrate_prints_sql_without_a_database(run: Any, empty_dsn: str) -> None:
+    done = run("migrate", "--sql")
+    assert done.status == 0
+    with psycopg.connect(empty_dsn, autocommit=True) as connection:
+        connection.execute(done.out.encode())
+    assert run("migrate", "--current", dsn=empty_dsn).out == "pgchan_0001\n"
+    assert "drop table" in run("migrate", "base", "--sql", "--start", "head").out
+
+
+def test_a_downgrade_that_loses_data_wants_a_yes(run: Any, dsn: str) -> None:
+    with psycopg.connect(dsn) as connection:
+        connection.execute("select pgchan.publish('chat/1', '1')")
+    assert "--yes" in refused(run("migrate", "base", dsn=dsn), 1)
+    assert run("migrate", "--current", dsn=dsn).out == "pgchan_0001\n"
+    assert run("migrate", "base", "--yes", dsn=dsn).out == "base\n"
+
+
+def test_a_downgrade_that_loses_nothing_does_not_ask(run: Any, dsn: str) -> None:
+    assert run("migrate", "base", dsn=dsn).out == "base\n"
+
+
+@pytest.mark.parametrize(("answer", "left"), [("y", "base"), ("n", "pgchan_0001")])
+def test_at_a_terminal_a_downgrade_asks(run: Any, dsn: str, answer: str, left: str) -> None:
+    with psycopg.connect(dsn) as connection:
+        connection.execute("select pgchan.publish('chat/1', '1')")
+    ours, theirs = pty.openpty()
+    os.write(ours, f"{answer}\n".encode())
+    done = subprocess.run(
+        command("migrate", "base"), env=environment(dsn), stdin=theirs, capture_output=True, timeout=60
+    )
+    os.close(ours)
+    os.close(theirs)
+    assert done.returncode == (0 if answer == "y" else 1)
+    assert run("migrate", "--current", dsn=dsn).out == f"{left}\n"
+
+
+# ---- channels
+
+
+def test_publish_prints_the_position_and_tail_the_messages(run: Any, dsn: str) -> None:
+    assert run("publish", "chat/42", '{"a": 1}', dsn=dsn).out == "1\n"
+    assert run("publish", "chat/42", "hello", "--text", dsn=dsn).out == "2\n"
+    assert run("publish", "chat/42", "again", "--text", "--key", "k", dsn=dsn).out == "3\n"
+    assert run("publish", "chat/42", "again", "--text", "--key", "k", dsn=dsn).out == "3\n"
+    with pgchan.Client(dsn) as client:
+        client.channel("chat/42").close()
+    assert run("tail", "chat/42", dsn=dsn).out == '1\tmessage\t{"a": 1}\n2\tmessage\thello\n3\tmessage\tagain\n'
+    (line,) = run("tail", "chat/42", "--after", "2", "--json", dsn=dsn).out.splitlines()
+    message = json.loads(line)
+    assert (message["position"], message["kind"], message["body"], message["key"]) == (3, "message", "again", "k")
+    assert run("tail", "chat/42", "--after", message["cursor"], dsn=dsn).out == ""
+
+
+def test_publish_reads_a_message_from_each_line(run: Any, dsn: str) -> None:
+    assert run("publish", "chat/42", dsn=dsn, stdin=b'{"a":1}\r\n\n"\xc3\xa4"').out == "1\n2\n"
+    assert run("publish", "chat/42", "-", "--text", dsn=dsn, stdin=b"one\ntwo").out == "3\n4\n"
+    with pgchan.Client(dsn) as client:
+        assert [message.body for message in client.channel("chat/42").read()] == [{"a": 1}, "ä", "one", "two"]
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe", b'"' + b"x" * 5_000_000, b"{"])
+def test_a_bad_line_of_input_is_2(run: Any, dsn: str, line: bytes) -> None:
+    refused(run("publish", "chat/42", dsn=dsn, stdin=line), 2)
+
+
+def test_channels_are_listed(run: Any, dsn: str) -> None:
+    for name in ("chat/1", "chat/2", "other"):
+        run("publish", name, "1", dsn=dsn)
+    lines = run("channels", "--prefix", "chat/", dsn=dsn).out.splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["chat/1", "chat/2"]
+    (found,) = map(json.loads, run("channels", "--after", "chat/2", "--json", dsn=dsn).out.splitlines())
+    assert (found["name"], found["head"], found["closed"]) == ("other", 1, False)
+
+
+def test_a_reader_that_has_enough_is_no_error(dsn: str) -> None:
+    with pgchan.Client(dsn) as client:
+        client.channel("chat/42").publish_many(["x" * 1000] * 500)
+        client.channel("chat/42").close()
+    with (
+        subprocess.Popen(
+            command("tail", "chat/42"), env=environment(dsn), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as tail,
+    ):
+        assert tail.stdout is not None
+        assert tail.stdout.readline().startswith(b"1\tmessage\t")
+        tail.stdout.close()
+        assert tail.stderr is not None
+        assert tail.stderr.read() == b""
+        assert tail.wait(30) == 0
+
+
+def test_tail_waits_until_the_channel_is_closed(dsn: str) -> None:
+    with (
+        subprocess.Popen(command("tail", "chat/42", "--json"), env=environment(dsn), stdout=subprocess.PIPE) as tail,
+        pgchan.Client(dsn) as client,
+    ):
+        assert tail.stdout is not None
+        client.channel("chat/42").publish("first")
+        assert json.loads(tail.stdout.readline())["body"] == "first"
+        client.channel("chat/42").publish("second")
+        assert json.loads(tail.stdout.readline())["body"] == "second"
+        client.channel("chat/42").close()
+        assert tail.stdout.read() == b""
+        assert tail.wait(30) == 0
+
+
+def test_nothing_that_a_terminal_would_obey_is_printed(run: Any, dsn: str) -> None:
+    with pgchan.Client(dsn) as client:
+        client.channel("chat/42").publish("\x1b]0;title\x07\x9b31m\n")
+        client.channel("chat/42").close()
+    out = run("tail", "chat/42", dsn=dsn).out
+    assert out.count("\n") == 1
+    assert not set("\x1b\x07\x9b") & set(out)
+
+
+# ---- runs
+
+WORKFLOWS = """
+import pgchan
+
+@pgchan.workflow
+async def greet(run: pgchan.Run, name: str) -> str:
+    word = await run.step(choose, "hello")
+    signal = await run.receive()
+    await run.publish(signal.body)
+    return f"{word}, {name}"
+
+async def choose(word: str) -> str:
+    return word
+
+@pgchan.workflow
+async def fail(run: pgchan.Run) -> None:
+    raise pgchan.Fatal("as told")
+
+worker = pgchan.Worker(pgchan.AsyncClient(), [greet, fail])
+"""
+
+
+@pytest.fixture
+def worker(tmp_path: Path, dsn: str) -> Any:
+    """`pgchan worker` with two workflows, as a process."""
+    (tmp_path / "mine.py").write_text(WORKFLOWS)
+    with subprocess.Popen(command("worker", "mine:worker"), env=environment(dsn), cwd=tmp_path) as process:
+        yield process
+        process.kill()
+
+
+def test_a_run_is_started_signalled_and_shown(run: Any, dsn: str, worker: Any, block_until: Any) -> None:
+    assert run("start", "greet", '["you"]', "--id", "run-1", dsn=dsn).out == "run-1\n"
+    assert run("start", "greet", '["you"]', "--id", "run-1", dsn=dsn).out == "run-1\n"
+    refused(run("start", "greet", '["me"]', "--id", "run-1", dsn=dsn), 1)
+    assert run("signal", "run-1", '"go on"', dsn=dsn).status == 0
+    with pgchan.Client(dsn) as client:
+        assert client.run("run-1").result(timeout=30) == "hello, you"
+    shown = run("show", "run-1", dsn=dsn).out
+    assert "succeeded" in shown
+    assert "choose" in shown
+    found = json.loads(run("show", "run-1", "--json", dsn=dsn).out)
+    assert found["run"]["state"] == "succeeded"
+    assert "choose" in [message["key"] for message in found["journal"]]
+    (line,) = run("runs", "--workflow", "greet", dsn=dsn).out.splitlines()
+    assert line.split("\t")[:4] == ["run-1", "greet", "default", "succeeded"]
+    assert json.loads(run("runs", "--json", dsn=dsn).out)["id"] == "run-1"
+    refused(run("cancel", "run-1", dsn=dsn), 1)
+    refused(run("signal", "run-1", "1", dsn=dsn), 1)
+
+
+def test_a_run_is_cancelled(run: Any, dsn: str) -> None:
+    run("start", "greet", '["you"]', "--id", "run-1", dsn=dsn)
+    assert run("cancel", "run-1", dsn=dsn).out == "cancelled\n"
+    assert json.loads(run("runs", "--state", "cancelled", "--json", dsn=dsn).out)["id"] == "run-1"
+
+
+def test_only_a_failed_run_is_resumed(run: Any, dsn: str, worker: Any, block_until: Any) -> None:
+    run("start", "fail", "--id", "run-1", dsn=dsn)
+    with pgchan.Client(dsn) as client:
+        block_until(lambda: client.run("run-1").status().state == "failed", 30)
+    assert "as told" in run("show", "run-1", dsn=dsn).out
+    assert run("resume", "run-1", dsn=dsn).out == "resumed\n"
+    run("start", "greet", '["you"]', "--id", "run-2", dsn=dsn)
+    refused(run("resume", "run-2", dsn=dsn), 2)
+
+
+def test_a_worker_that_is_told_to_stop_ends_with_0(dsn: str, worker: Any, block_until: Any) -> None:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        block_until(lambda: connection.execute("select from pgchan.worker_status").rowcount == 1, 30)
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(30) == 0
+        assert connection.execute("select from pgchan.worker_status").rowcount == 0
+
+
+# ---- serve
+
+APP = """
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        while (await receive())["type"] != "lifespan.shutdown":
+            await send({"type": "lifespan.startup.complete"})
+        await send({"type": "lifespan.shutdown.complete"})
+        return
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": b"served"})
+"""
+
+
+def answers(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(url, timeout=5).status_code == 200
+    return False
+
+
+def test_serve_serves_an_app_and_ends_with_0(tmp_path: Path, block_until: Any) -> None:
+    (tmp_path / "mine.py").write_text(APP)
+    port = free_port()
+    serve = command("serve", "mine:app", "--port", str(port))
+    with subprocess.Popen(serve, env=environment(None), cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+        block_until(lambda: answers(f"http://127.0.0.1:{port}/"), 30)
+        assert httpx.get(f"http://127.0.0.1:{port}/").text == "served"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+def test_serve_runs_workers_beside_it_and_stops_them(tmp_path: Path, dsn: str, block_until: Any) -> None:
+    (tmp_path / "mine.py").write_text(WORKFLOWS)
+    port = free_port()
+    serve = command("serve", "mine:worker", "--insecure", "--workers", "2", "--port", str(port))
+    with (
+        subprocess.Popen(serve, env=environment(dsn), cwd=tmp_path, stderr=subprocess.DEVNULL) as process,
+        psycopg.connect(dsn, autocommit=True) as connection,
+    ):
+        block_until(lambda: connection.execute("select from pgchan.worker_status").rowcount == 2, 30)
+        block_until(lambda: answers(f"http://127.0.0.1:{port}/healthz"), 30)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(40) == 0
+        assert connection.execute("select from pgchan.worker_status").rowcount == 0
+
+
+# ---- doctor
+
+
+def test_the_doctor_finds_nothing_wrong_with_a_migrated_database(run: Any, dsn: str) -> None:
+    done = run("doctor", dsn=dsn)
+    assert done.status == 0, done.out + done.error
+    assert [json.loads(line) for line in run("doctor", "--json", dsn=dsn).out.splitlines()]
+
+
+def test_the_doctor_sees_that_a_database_was_not_migrated(run: Any, empty_dsn: str) -> None:
+    done = run("doctor", dsn=empty_dsn)
+    assert done.status == 1
+    assert "pgchan migrate" in done.out
