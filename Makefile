@@ -38,7 +38,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/pytest $(ARGS)
 
 bench: $(VENV)/.installed-dev
-	@set -e; for question in benchmarks/[!_]*.py; do echo "== $$question"; $(BIN)/python "$$question" $(ARGS); done
+	@set -e; shopt -s nullglob; for question in benchmarks/[!_]*.py; do echo "== $$question"; $(BIN)/python "$$question" $(ARGS); done
 
 # While a revision is unreleased its frozen SQL follows pgchan/schema.sql. A released one never changes again.
 freeze: $(VENV)/.installed-dev

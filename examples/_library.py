@@ -18,8 +18,9 @@ from typing import TypedDict
 SKIPPED = re.compile(r"^_|\._|^(idlelib|lib2to3|turtledemo|ensurepip|pydoc_data|encodings|distutils|this)\b|\btests?\b")
 NOT_PROSE = re.compile(r">>>|[-=*~]{4}|\s:\s.*\s:\s|:$|^import |^from \S+ import|\) as <|^Arguments|\s--\s.*\s--\s")
 COMMON = frozenset(
-    "a about an and are as at by can do does explain for from how in instead into is it me not of on only or our python "
-    "please should some tell than that the them then this to use using want was what when where which why with you".split()
+    "a about an and are as at by can do does explain for from how in instead into is it me not of on only or our "
+    "please python should some tell than that the them then this to use using want was what when where which why "
+    "with you".split()
 )
 PASSAGE_LENGTH_MIN = 120  # characters of documentation: less is not worth a section
 EXCERPT_LENGTH_MAX = 420
@@ -69,8 +70,8 @@ def find_passages(topic: str, module: str) -> list[Passage]:
         score = _score(title, whole, words)
         if score > 0 and len(whole) >= PASSAGE_LENGTH_MIN and _paragraphs(documentation):
             found.append(Passage(
-                title=title, kind=KINDS[type(node)], module=module, line=getattr(node, "lineno", 1), score=round(score, 3),
-                documentation=documentation, members=members,
+                title=title, kind=KINDS[type(node)], module=module, line=getattr(node, "lineno", 1),
+                score=round(score, 3), documentation=documentation, members=members,
             ))  # fmt: skip
     return sorted(found, key=lambda passage: -passage["score"])[:3]
 
@@ -79,8 +80,8 @@ def compose(topic: str, passage: Passage) -> str:
     """A section about a passage: plain sentences around quotes, the quotes on lines that begin with "> "."""
     first, *others = _paragraphs(passage["documentation"])
     where = "" if passage["kind"] == "module" else f" of the module {passage['module']}"
-    parts = [f"{passage['title']} is a {passage['kind']}{where}. Its source, from line {passage['line']} on, says of it:"]
-    parts.append(f"> {first}")
+    is_a = f"{passage['title']} is a {passage['kind']}{where}."
+    parts = [f"{is_a} Its source, from line {passage['line']} on, says of it:", f"> {first}"]
     if telling := _telling(topic, others):
         parts += ["On our subject it adds:", *(f"> {paragraph}" for paragraph in telling[:2])]
     members = passage["members"]
@@ -113,7 +114,7 @@ def _score(name: str, text: str, words: list[str]) -> float:
 def _members(node: Documented) -> dict[str, str]:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return {}
-    children = (child for child in node.body if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef))
+    children = (child for child in node.body if isinstance(child, Documented) and not isinstance(child, ast.Module))
     documented = ((child.name, ast.get_docstring(child)) for child in children if not child.name.startswith("_"))
     return {name: text[: 4 * EXCERPT_LENGTH_MAX] for name, text in documented if text and len(text) > 40}
 

@@ -16,8 +16,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Iterator
 
 import pgchan
-
-from . import _library
+from pgchan.examples import _library
 
 PACE_SECONDS = 0.05  # a report of about 400 words takes 20 seconds
 SILENCE_SECONDS = 60  # after which a model that says nothing has failed
@@ -59,9 +58,10 @@ async def words(topic: str, passage: _library.Passage, said: str) -> AsyncIterat
 
 
 def _ask(messages: list[dict[str, str]]) -> Iterator[str]:
+    asked = {"model": os.environ.get("OPENAI_MODEL", "gpt-4o-mini"), "messages": messages, "stream": True}
     request = urllib.request.Request(
         os.environ["OPENAI_BASE_URL"].rstrip("/") + "/chat/completions",
-        json.dumps({"model": os.environ.get("OPENAI_MODEL", "gpt-4o-mini"), "messages": messages, "stream": True}).encode(),
+        json.dumps(asked).encode(),
         {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '')}"},
     )
     try:

@@ -3,7 +3,7 @@
 What it found and wrote is recorded step by step. If its process dies, another worker goes on from the last recorded
 step, and in the middle of a section from the last word that readers have seen. A signal makes it change course.
 
-    python -m pgchan.examples.research "asyncio queues"
+Run it with `PGCHAN_DSN=postgresql://… python -m pgchan.examples.research asyncio queues`, or see it in `pgchan demo`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import sys
 from typing import Any
 
 import pgchan
-
-from . import _library, _model
+from pgchan.examples import _library, _model
 
 MODULES_READ = 12
 SECTIONS = 4
@@ -61,10 +60,9 @@ async def pick(topic: str, found: list[_library.Passage]) -> list[_library.Passa
 async def write(topic: str, passage: _library.Passage) -> str:
     """Write one section and stream it. A later attempt goes on from what an earlier one has said."""
     run = pgchan.current_run()
-    before = [message.body for message in run.previous()]
-    text = "".join(body["text"] for body in before if body["type"] == "text")
-    if not before:
-        await run.publish({"type": "step", "title": f"Write about {passage['title']}"}, wait=False)
+    said = [message.body for message in run.previous()]
+    text = "".join(body["text"] for body in said if body["type"] == "text")
+    if not said:
         await run.publish({"type": "section", "title": passage["title"]}, wait=False)
     async for piece in _model.words(topic, passage, text):
         await run.publish({"type": "text", "text": piece}, wait=False)

@@ -42,7 +42,7 @@ class AsyncpgDb:
     """One database over asyncpg. Opens nothing until it is used."""
 
     def __init__(self, dsn: str, control_dsn: str | None, *, patience: float, pool_size: int, name: str) -> None:
-        self._dsn = dsn
+        self.dsn = dsn
         self._control_dsn = control_dsn
         self._pool_size = pool_size
         self._name = name
@@ -66,7 +66,7 @@ class AsyncpgDb:
 
     async def connect(self, role: str, *, direct: bool = False) -> Connection:
         """A connection of pgchan's own for one purpose; direct: to control_dsn, past a pooler."""
-        dsn = self._control_dsn if direct and self._control_dsn else self._dsn
+        dsn = self._control_dsn if direct and self._control_dsn else self.dsn
         settings = {**db.SESSION, "application_name": f"{self._name} {role}"}
         pooled = self._pooled and not (direct and self._control_dsn)
         while True:
@@ -184,6 +184,11 @@ class AsyncpgDb:
         """See Db."""
         rows: list[Row] = await self._persist(partial(self._run, statement, args), writing=True)
         return rows[0]
+
+    async def fetch_claims(self, statement: str, *args: object) -> list[Row]:
+        """Run a statement that writes and returns any number of rows; see call."""
+        rows: list[Row] = await self._persist(partial(self._run, statement, args), writing=True)
+        return rows
 
     async def _run(self, statement: str, args: tuple[object, ...]) -> list[Row]:
         pool = await self._open()

@@ -82,14 +82,14 @@ def _with_json(command: Command) -> Command:
 
 
 @commands.command()
-@_with_dsn
+@click.option("--dsn", metavar="URL", help="The database to use, and to migrate; an embedded one else.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Worker processes.")
-@click.option("--data", metavar="DIRECTORY", help="Where the embedded PostgreSQL keeps its data.")
+@click.option("--data", metavar="DIRECTORY", help="Where the embedded PostgreSQL keeps its data; ./.pgchan else.")
 def demo(dsn: str | None, port: int, workers: int, data: str | None) -> None:
-    """Run the whole system to look at: PostgreSQL (embedded, unless a DSN is given), server and workers."""
-    module = console.load_extra("pgchan.demo", "demo")
-    raise click.exceptions.Exit(module.main(port=port, dsn=dsn, workers=workers, data=data) or 0)
+    """Run the whole system to look at: PostgreSQL, server, workers and a page with buttons."""
+    program = console.load_extra("pgchan.demo", "demo")
+    raise click.exceptions.Exit(program.main(port=port, dsn=dsn, workers=workers, data=data))
 
 
 @commands.command()
@@ -211,9 +211,9 @@ def publish(dsn: str | None, as_json: bool, channel: str, body: str, key: str | 
 @_with_dsn
 @_with_json
 @click.option("--prefix", default="", help="Only channels whose name begins with it.")
-@click.option("--after", metavar="NAME", help="Only channels that come after this name.")
+@click.option("--after", default="", metavar="NAME", help="Only channels that come after this name.")
 @click.option("--limit", default=100, show_default=True, type=int)
-def channels(dsn: str | None, as_json: bool, prefix: str, after: str | None, limit: int) -> None:
+def channels(dsn: str | None, as_json: bool, prefix: str, after: str, limit: int) -> None:
     """List channels by name."""
     with _client(dsn) as client:
         console.print_rows(client.channels(prefix=prefix, after=after, limit=limit), as_json)
@@ -243,7 +243,7 @@ def start(
     with _client(dsn) as client:
         handle = client.start(
             workflow, *values, id=run, queue=queue, priority=priority, delay=delay, timeout=timeout
-        )  # fmt: skip
+        )
         print(console.to_json(handle.status()) if as_json else handle.id)
 
 

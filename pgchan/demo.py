@@ -23,7 +23,6 @@ from importlib import resources
 from typing import Any
 
 import uvicorn
-from starlette.applications import Starlette
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -117,7 +116,9 @@ async def _serve(listener: socket.socket, dsn: str, count: int, prefix: str) -> 
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
         _say("Workers", ", ".join(f"{name} (pid {pid})" for name, pid in workers.alive()) or "none")
         _say("Insecure", f"whoever can reach {HOST} may read, write and kill here; for looking at only")
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=OPEN_STREAMS_SECONDS)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=OPEN_STREAMS_SECONDS
+        )
         await _Server(config, f"http://{HOST}:{port}/demo").serve(sockets=[listener])
 
 
@@ -156,11 +157,12 @@ class _Workers:
             with suppress(ProcessLookupError):
                 process.terminate()
         if processes:
-            _, late = await asyncio.wait([asyncio.create_task(p.wait()) for p in processes], timeout=WORKER_STOP_SECONDS)
+            ends = [asyncio.create_task(process.wait()) for process in processes]
+            _, late = await asyncio.wait(ends, timeout=WORKER_STOP_SECONDS)
             for process in processes if late else ():
                 with suppress(ProcessLookupError):
                     process.kill()
-            await asyncio.gather(*(process.wait() for process in processes))
+            await asyncio.gather(*ends)
 
     def alive(self) -> Iterator[tuple[str, int]]:
         """Names and process ids."""

@@ -44,10 +44,10 @@ class Embedded:
     def __init__(self, data: str | None = None) -> None:
         """Start a server on this directory, which is made if there is none; ./.pgchan by default.
 
-        Raises InvalidInput (the directory cannot be used, the wheel is not installed) and Unavailable (it did not start).
+        Raises InvalidInput (the directory cannot be used, the wheel is not installed), Unavailable (it did not start).
         """
         self.data = Path(data).absolute() if data is not None else default_data()
-        self._guard = subprocess.Popen(
+        self._guard = subprocess.Popen(  # noqa: S603
             [sys.executable, "-m", "pgchan.embedded", str(self.data)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
@@ -133,7 +133,9 @@ class _Server:
             data.mkdir(parents=True, exist_ok=True)
             self.cluster.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
-            raise InvalidInput(f"cannot use {str(data)!r} for data: {error.strerror}; choose another with --data") from None
+            raise InvalidInput(
+                f"cannot keep data in {str(data)!r}: {error.strerror}; choose another directory with --data"
+            ) from None
         if self.user is not None and not _others_may_enter(data):
             raise InvalidInput(
                 f"PostgreSQL does not run as root, and {self.user.pw_name!r} may not enter {str(data)!r}; "
@@ -141,12 +143,14 @@ class _Server:
             )
         if not (self.cluster / "PG_VERSION").exists():
             if any(self.cluster.iterdir()):
-                raise InvalidInput(f"{str(self.cluster)!r} holds something else than a database; choose another with --data")
+                raise InvalidInput(
+                    f"{str(self.cluster)!r} holds something else than a database; choose another directory with --data"
+                )
             self._give_away(self.cluster)
             self._initialise()
 
     def _initialise(self) -> None:
-        made = subprocess.run(
+        made = subprocess.run(  # noqa: S603
             [_binary("initdb"), "-D", self.cluster, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale"],
             capture_output=True, text=True, check=False, **self._as_user(),
         )  # fmt: skip
@@ -160,7 +164,7 @@ class _Server:
         started_at = time.monotonic()
         while True:
             with self.log.open("wb") as log:
-                self.process = subprocess.Popen(
+                self.process = subprocess.Popen(  # noqa: S603
                     [_binary("postgres"), "-D", self.cluster, *options],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, **self._as_user(),
                 )  # fmt: skip

@@ -182,7 +182,8 @@ order by s.created_at desc, s.id desc limit $4::integer
 # ------------------------------------------------------------------------------------------------ runs, by a worker
 
 CLAIM = """
-select c.channel_id, c.run, c.journal_id, c.workflow, c.input, c.attempt, c.epoch, c.speaks_from, c.deadline, h.head, j.head
+select c.channel_id, c.run, c.journal_id, c.workflow, c.input, c.attempt, c.epoch, c.speaks_from, c.deadline, h.head, j.head,
+       clock_timestamp()
 from pgchan.claim($1::integer, $2::text[], $3::text[], $4::integer) c
 join pgchan.channels h on h.id = c.channel_id join pgchan.channels j on j.id = c.journal_id
 """
@@ -199,14 +200,16 @@ from pgchan.runs r where r.wake_at is not null and r.state in ('scheduled', 'wai
 """
 # The journals of claimed runs, in order.
 JOURNALS = """
-select m.channel_id, m.kind, m.key, m.step, m.attempt, m.body from pgchan.messages m
+select m.channel_id, m.kind, m.key, m.step, m.attempt, m.body, m.at from pgchan.messages m
 where m.channel_id = any ($1::bigint[]) order by m.channel_id, m."position"
 """
 # Which steps have spoken, how far, and in which attempt: what a later attempt must void or may carry on from.
 SPOKEN = """
-select m.channel_id, m.step, max(m.attempt), count(*) from pgchan.messages m
+select m.channel_id, m.step, max(m.attempt) filter (where m.kind = 0),
+       max(m.attempt) filter (where m.kind = 2 and m.void_from is not null)
+from pgchan.messages m
 join unnest($1::bigint[], $2::bigint[]) f (id, speaks_from) on m.channel_id = f.id and m."position" >= f.speaks_from
-where m.step is not null and m.kind in (0, 2) group by m.channel_id, m.step
+where m.step is not null group by m.channel_id, m.step
 """
 # Output of a step by its earlier attempts that is not void, in order: run.previous().
 PREVIOUS = """

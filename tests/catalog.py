@@ -5,7 +5,8 @@ from __future__ import annotations
 import psycopg
 
 # Each query gives one text column, and takes the schema's name once as a parameter. Column order of tables is part of
-# the lines: `select *` and composite types depend on it.
+# the lines: `select *` and composite types depend on it. Left out: the stamp `pg_attver` that some minor releases put on
+# each column.
 QUERIES = (
     # relations, with owner, privileges, storage parameters, row security and comments
     """
@@ -21,7 +22,7 @@ QUERIES = (
         c.relname, a.attnum, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, a.attgenerated,
         (select l.collname from pg_collation l where l.oid = a.attcollation), a.attstorage, a.attcompression,
         (select pg_get_expr(d.adbin, d.adrelid) from pg_attrdef d where d.adrelid = c.oid and d.adnum = a.attnum),
-        a.attoptions, a.attacl, a.attstattarget, col_description(c.oid, a.attnum))
+        array(select o from unnest(a.attoptions) o where o not like 'pg_attver=%'), a.attacl, a.attstattarget, col_description(c.oid, a.attnum))
     from pg_class c join pg_attribute a on a.attrelid = c.oid
     where c.relnamespace = %s::regnamespace and c.relkind in ('r', 'p', 'v', 'm', 'c') and a.attnum > 0 and not a.attisdropped
     """,

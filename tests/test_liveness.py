@@ -224,15 +224,15 @@ def holder(sql: psycopg.Connection[Any], worker: int) -> int | None:
     return found[0] if found else None
 
 
-def is_watched(sql: psycopg.Connection[Any], worker: int) -> bool:
-    """Whether somebody waits for this worker's lock."""
-    return bool(
-        sql.execute(
-            "select from pg_locks where locktype = 'advisory' and classid = 1885823848 and objid = %s::int::oid"
-            " and not granted and database = (select oid from pg_database where datname = current_database())",
-            [worker],
-        ).fetchall()
-    )
+def is_watched(sql: psycopg.Connection[Any], worker: int, by: int | None = None) -> bool:
+    """Whether somebody, or this other worker, waits for this worker's lock."""
+    waiting = sql.execute(
+        "select a.application_name from pg_locks l join pg_stat_activity a on a.pid = l.pid"
+        " where l.locktype = 'advisory' and l.classid = 1885823848 and l.objid = %s::int::oid and not l.granted"
+        " and a.datname = current_database()",
+        [worker],
+    ).fetchall()
+    return bool(waiting) if by is None else (f"pgchan watch {by}",) in waiting
 
 
 def claim_a_run(sql: psycopg.Connection[Any], worker: int, run: str) -> None:
@@ -323,7 +323,10 @@ def test_an_id_that_belongs_to_another_worker_is_not_taken(sql: Any, here: Any) 
     sql.execute("select setval('pgchan.workers_id_seq', %s, false)", [first.id])  # as after a failover
     second = here()
     assert second.id == first.id + 1
-    assert ids(sql) == [first.id, second.id]
+    sql.execute("select pgchan.register(%s, 'dead', 'there', 1)", [second.id + 1])
+    third = here()
+    assert third.id == second.id + 2
+    assert ids(sql)[:2] == [first.id, second.id]
 
 
 # ---------------------------------------------------------------------------------------------------- deaths
@@ -390,7 +393,7 @@ def test_a_death_is_reaped_although_its_watcher_dies_as_it_is_granted(
     sql: Any, here: Any, child: Any, block_until: Any
 ) -> None:
     third, victim, watcher = here(), child(), child(stop_at_point=True)
-    block_until(lambda: is_watched(sql, victim.id))
+    block_until(lambda: is_watched(sql, victim.id, by=watcher.id))
     victim.signal(signal.SIGKILL)
     block_until(lambda: watcher.of("watch_granted"))
     assert holder(sql, victim.id) is not None
@@ -405,7 +408,7 @@ def test_a_death_whose_watcher_froze_as_it_was_granted_waits_for_the_watchers_le
 ) -> None:
     third, victim = here(lease=SHORT_LEASE), child(lease=SHORT_LEASE)
     watcher = child(lease=SHORT_LEASE, stop_at_point=True)
-    block_until(lambda: is_watched(sql, victim.id))
+    block_until(lambda: is_watched(sql, victim.id, by=watcher.id))
     victim.signal(signal.SIGKILL)
     block_until(lambda: watcher.of("watch_granted"))
     frozen = watcher.signal(signal.SIGSTOP)
@@ -449,7 +452,7 @@ def test_a_worker_whose_connection_is_cut_takes_its_lock_back_under_the_same_id(
 ) -> None:
     other, worker, watcher = child(), here(), here()
     claim_a_run(sql, worker.id, "r-1")
-    block_until(lambda: is_watched(sql, worker.id))
+    block_until(lambda: is_watched(sql, worker.id, by=watcher.id))
     before = holder(sql, worker.id)
     cut = time.monotonic()
     sql.execute("select pg_terminate_backend(%s)", [before])
@@ -542,9 +545,9 @@ def test_a_worker_whose_path_dies_takes_its_lock_back_over_another_one(
 def test_a_worker_that_stops_gives_its_runs_back_and_leaves_nothing(
     sql: Any, here: Any, child: Any, block_until: Any
 ) -> None:
-    worker, other = here(), child()
+    worker, other = here(lease=10.0), child()
     claim_a_run(sql, worker.id, "r-1")
-    block_until(lambda: is_watched(sql, other.id))  # so its watch thread is in the middle of waiting
+    block_until(lambda: is_watched(sql, other.id))  # for a slice of two seconds
     started = time.monotonic()
     worker.liveness.stop()
     assert time.monotonic() - started < 1.0

@@ -55,7 +55,7 @@ async function follow() {
     const fallen = fold(messages, message)
     if (fallen.length) redraw()
     else showReport(message)
-    showLog(message, fallen)
+    showLog(message)
     element("position").textContent = message.position
     if (isNews(message)) refresh()
     if (dropped && channel.state === "live") reportResumed(message)
@@ -171,6 +171,7 @@ function showStep({ step, attempt, body }) {
   }
   item.dataset.attempt = attempt
   if (body.type === "step") item.firstChild.textContent = body.title
+  if (body.type === "section") item.firstChild.textContent = `Write about ${body.title}`
   if (body.type === "reading") item.note = `read ${++item.count} modules, ${body.module} last`
   if (body.type === "text") item.note = `${(item.count += body.text.trim().split(/\s+/).length)} words`
   if (body.type === "plan") item.note = `${body.sections.length} sections`
@@ -179,16 +180,11 @@ function showStep({ step, attempt, body }) {
 
 function showStepState(item) {
   const entry = recorded.get(item.dataset.step)
-  if (entry) item.dataset.state = isInterrupted(item.dataset.step) ? "interrupted" : "recorded"
+  if (entry) item.dataset.state = entry.kind === "control" ? entry.body.type : "recorded" // "interrupted"
   const parts = [`${item.dataset.step}`, entry ? item.dataset.state : "under way"]
   if (item.dataset.attempt > 1) parts.push(`attempt ${item.dataset.attempt}`)
   if (item.note) parts.push(item.note)
   item.lastChild.textContent = parts.join(" · ")
-}
-
-/** Whether the run was turned away from this step by a signal. */
-function isInterrupted(step) {
-  return messages.some((m) => m.kind === "control" && m.body.type === "consumed" && m.body.step === step)
 }
 
 // ---------------------------------------------------------------------------------------------- status and log
@@ -214,7 +210,7 @@ function showConnection(state) {
   element("drop").disabled = state !== "live"
 }
 
-function showLog(message, fallen) {
+function showLog(message) {
   const { body } = message
   if (killed) showTakeover(message)
   if (message.kind === "signal") {
@@ -222,7 +218,7 @@ function showLog(message, fallen) {
   } else if (message.kind === "reset") {
     log("failed", `The server no longer has what this page has seen (${body.reason})`)
   } else if (message.kind === "control") {
-    if (body.type === "reset") log("void", `${body.step} starts over: ${fallen.length} messages of its earlier attempt are void`, message.at)
+    if (body.type === "reset") log("void", `${body.step} starts over: what it said before is void`, message.at)
     if (body.type === "consumed") log("signal", `Signal ${body.signal} was consumed by ${body.step}`, message.at)
     if (body.type === "ended") {
       log("ended", `The run ${body.state === "cancelled" ? "was cancelled" : body.state} after ${message.position} messages`, message.at)
@@ -242,7 +238,7 @@ function showTakeover(message) {
   const attempt = message.attempt ?? message.body?.attempt
   if (!step || !(attempt > (attempts.get(step) ?? 0))) return
   const seconds = (new Date(message.at) - new Date(killed.at)) / 1000
-  const how = message.kind === "control" ? "starts over" : attempt > 1 ? "goes on" : "is next"
+  const how = message.kind === "control" ? "is tried again" : attempt > 1 ? "goes on" : "comes next"
   log("takeover", `Taken over after ${seconds.toFixed(2)} s: ${step} ${how}, attempt ${attempt}`, message.at)
   killed = null
 }

@@ -1,0 +1,148 @@
+"""A step that is one database transaction: the user's rows, the step's record and its output commit together, once.
+
+The record is written last, in the user's transaction, under the run's epoch: an attempt that was superseded meanwhile is refused
+there, and the user's rows go with it. If the answer to the commit is lost, this attempt cannot know; it gives the run back, and
+the next one finds the record or does not.
+
+A `with` block cannot be skipped. When the step is recorded already, the block gets a stand-in that raises at its first use;
+leaving the block swallows that, so nothing of the block that touches the database or the run happens twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from pgchan import callers, channels, codec, errors, sql
+from pgchan.asyncpg_db import DRIVER_ERRORS
+from pgchan.attempt import Passed, StepContext, current_step
+from pgchan.db import STORED
+from pgchan.journal import Recorded
+from pgchan.points import point
+
+if TYPE_CHECKING:
+    from pgchan.attempt import Attempt
+
+
+class StandIn:
+    """In place of a connection, in a block that was committed before."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise Passed
+
+
+def recorded_result(name: str, recorded: Recorded) -> Any:
+    """What a block that is passed over had as its result. Raises StepMismatch if another step has its name."""
+    if recorded.word != "result":
+        raise errors.StepMismatch(f"step {name!r} is recorded as {recorded.word}, not as a transaction", step=name)
+    return codec.decode(recorded.value)
+
+
+def is_passed(kind: type[BaseException] | None) -> bool:
+    """Whether a block was left by the stand-in."""
+    return kind is not None and issubclass(kind, Passed)
+
+
+class Transaction:
+    """What run.transaction() and run.session() return. result: a JSON value that is recorded with the commit."""
+
+    def __init__(self, attempt: Attempt, name: str, engine: Any) -> None:
+        self._attempt = attempt
+        self._name = name
+        self._engine = engine
+        self._recorded = attempt.journal.reach(name)
+        self._stack = contextlib.AsyncExitStack()
+        self._step: StepContext | None = None
+        self._token: contextvars.Token[StepContext | None] | None = None
+        self._connection: Any = None
+        self._transaction: Any = None
+        self.result: Any = None
+
+    async def __aenter__(self) -> Any:
+        if self._recorded is not None:
+            self.result = recorded_result(self._name, self._recorded)
+            self._token = current_step.set(StepContext(self._name, 0, passed=True))
+            return StandIn()
+        attempt = self._attempt
+        self._step = await attempt.begin(self._name)
+        self._step.buffer = []
+        attempt.busy += 1
+        self._stack.callback(self._idle)
+        try:
+            if self._engine is None:
+                self._connection = await self._stack.enter_async_context(attempt.db.acquire())
+                self._transaction = self._connection.transaction()
+                await self._transaction.start()
+            else:
+                from sqlalchemy.ext.asyncio import AsyncSession  # noqa: PLC0415
+
+                self._connection = await self._stack.enter_async_context(AsyncSession(self._engine))
+                await self._connection.begin()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        self._token = current_step.set(self._step)
+        return self._connection
+
+    def _idle(self) -> None:
+        self._attempt.busy -= 1
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        assert self._token is not None
+        current_step.reset(self._token)
+        if self._recorded is not None:
+            return is_passed(kind)
+        async with self._stack:
+            if error is not None:
+                await self._roll_back()
+                assert self._step is not None
+                self._attempt.give_back(self._step.taken)
+            else:
+                await self._commit()
+        return False
+
+    async def _commit(self) -> None:
+        attempt, step = self._attempt, self._step
+        assert step is not None and step.buffer is not None
+        try:
+            body = codec.encode(self.result, f"the result of step {self._name!r}")
+            attempt.check()
+            # Nothing else of this attempt may be on its way: what a lost answer would mean is told by positions.
+            await attempt.close_gate()
+        except BaseException:
+            await self._roll_back()
+            raise
+        try:
+            entries = [*step.buffer, *attempt.result_entries(step, "result", body)]
+            rows = []
+            for batch in channels.in_batches(entries):
+                if self._engine is not None:
+                    await self._connection.flush()
+                (row,) = await callers.fetch(self._connection, sql.APPEND_QUIETLY, *batch.arguments())
+                rows.append(row)
+                if any(outcome.word not in STORED for outcome in batch.outcomes(row)):
+                    await self._roll_back()
+                    attempt.end("fenced")
+                    raise errors.fenced(attempt.claimed.run)
+            point("checkpoint_sent")
+            try:
+                await (self._transaction if self._engine is None else self._connection).commit()
+            except DRIVER_ERRORS as error:
+                attempt.end("unavailable")  # perhaps committed: the next attempt will know
+                raise errors.fenced(attempt.claimed.run) from error
+            point("checkpointed")
+            for row in rows:
+                for channel_id, head in zip(row[0], row[1], strict=True):
+                    attempt.moved(channel_id, head)
+                attempt.db.announce(list(row[0]), list(row[1]), False, [])
+            step.over = True
+        finally:
+            attempt.open_gate()
+
+    async def _roll_back(self) -> None:
+        with contextlib.suppress(*DRIVER_ERRORS):
+            await (self._transaction if self._engine is None else self._connection).rollback()
