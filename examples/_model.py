@@ -13,7 +13,7 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator
 
 import pgchan
 from pgchan.examples import _library
@@ -57,7 +57,7 @@ async def words(topic: str, passage: _library.Passage, said: str) -> AsyncIterat
             pieces.close()
 
 
-def _ask(messages: list[dict[str, str]]) -> Iterator[str]:
+def _ask(messages: list[dict[str, str]]) -> Generator[str, None, None]:
     asked = {"model": os.environ.get("OPENAI_MODEL", "gpt-4o-mini"), "messages": messages, "stream": True}
     request = urllib.request.Request(
         os.environ["OPENAI_BASE_URL"].rstrip("/") + "/chat/completions",

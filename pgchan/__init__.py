@@ -35,7 +35,55 @@ from pgchan.errors import (
 )
 from pgchan.model import ChannelInfo, Message, Page, Retry, RunError, RunStatus
 from pgchan.steps import Child, Run, current_run
+from pgchan.sync import Channel, ChannelTail, Client, RunHandle
 from pgchan.worker import Worker
 from pgchan.workflows import Step, Workflow, step, workflow
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AsyncChannel",
+    "AsyncClient",
+    "AsyncRunHandle",
+    "AsyncTail",
+    "Channel",
+    "ChannelClosed",
+    "ChannelInfo",
+    "ChannelNotFound",
+    "ChannelTail",
+    "Child",
+    "Client",
+    "Error",
+    "Fatal",
+    "Fenced",
+    "HistoryLost",
+    "IdempotencyConflict",
+    "Indefinite",
+    "Interrupted",
+    "InvalidInput",
+    "Message",
+    "Page",
+    "Reset",
+    "Retry",
+    "RetryAfter",
+    "Run",
+    "RunCancelled",
+    "RunConflict",
+    "RunError",
+    "RunFailed",
+    "RunHandle",
+    "RunNotFound",
+    "RunStatus",
+    "SchemaMismatch",
+    "Step",
+    "StepFailed",
+    "StepMismatch",
+    "Trimmed",
+    "Unavailable",
+    "UnsafeDeployment",
+    "Worker",
+    "Workflow",
+    "current_run",
+    "step",
+    "workflow",
+]

@@ -1,7 +1,8 @@
 """`Db` on asyncpg: a pool for statements, one connection that writes, one that listens. All waiting of the async door.
 
-The tasks here are the only ones that pgchan runs on its own account in a client's event loop: `Writer` pumps the batches of
-writer.py, `Listener` the hub of wakeups.py. Both reconnect for ever, with backoff; what they owe to callers has deadlines.
+The tasks here are the only ones that pgchan runs on its own account in a client's event loop: `Writer` pumps the
+batches of writer.py, `Listener` the hub of wakeups.py. Both reconnect for ever, with backoff; what they owe to
+callers has deadlines.
 """
 
 from __future__ import annotations
@@ -121,10 +122,7 @@ class AsyncpgDb:
         """Refuse to listen or lock where a transaction pooler would make that hear and hold nothing."""
         await self.open()
         if self._pooled and self._control_dsn is None and not await self._holds_sessions():
-            raise errors.UnsafeDeployment(
-                "the DSN leads through a transaction pooler, on which LISTEN hears nothing and session locks hold "
-                "nothing; give control_dsn= (or PGCHAN_CONTROL_DSN), a direct connection to the same database"
-            )
+            raise errors.UnsafeDeployment(db.POOLER)
 
     async def _holds_sessions(self) -> bool:
         # Two connections, one lock: behind a session pooler the second cannot get it.

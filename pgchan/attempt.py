@@ -1,18 +1,19 @@
 """One attempt at a run by this worker: what it owns, writes, waits for, and how it ends.
 
-How it works. A claim gave this process an epoch. Everything that the attempt writes goes through the client's writer with that
-epoch as its fence and the journal as its owner, in order: output of a step, the signals it consumed, its result, so that a
-result never lacks its output and they share a commit. If the epoch is no longer the newest, the database refuses, and the
-attempt ends where it stands.
+How it works. A claim gave this process an epoch. Everything that the attempt writes goes through the client's writer
+with that epoch as its fence and the journal as its owner, in order: output of a step, the signals it consumed, its
+result, so that a result never lacks its output and they share a commit. If the epoch is no longer the newest, the
+database refuses, and the attempt ends where it stands.
 
-Output of a step that had to be tried again is void: before the new try speaks (or, if it says nothing, with its result) one
-`reset` control message names what is void. A try that asked for `previous()` keeps it instead.
+Output of a step that had to be tried again is void: before the new try speaks (or, if it says nothing, with its
+result) one `reset` control message names what is void. A try that asked for `previous()` keeps it instead.
 
-Signals that arrive are offered in order: to whoever waits in receive() or signals(), else to a running interruptible step, else
-they stay pending. What a step took is consumed with its result; if it fails, the signals return to the front.
+Signals that arrive are offered in order: to whoever waits in receive() or signals(), else to a running interruptible
+step, else they stay pending. What a step took is consumed with its result; if it fails, the signals return to the
+front.
 
-An attempt that only waits leaves memory: `pgchan.suspend` decides under the run's row lock whether what it waits for has come.
-From then on another claim, perhaps elsewhere, replays the function up to the same point.
+An attempt that only waits leaves memory: `pgchan.suspend` decides under the run's row lock whether what it waits for
+has come. From then on another claim, perhaps elsewhere, replays the function up to the same point.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class Attempt:
         self.journal = Journal()
         self.over: str | None = None
         self.task: asyncio.Task[Any] | None = None
-        self.on_end: list[Callable[[], None]] = []
+        self.on_end: list[Callable[[], Any]] = []
         self.draining = False  # the worker is about to stop: begin nothing more
         self.busy = 0  # operations under way that are not waits
         self.journal_name = f"pgchan:journal:{claimed.channel_id}"
@@ -152,7 +153,7 @@ class Attempt:
         if self.over is not None:
             return
         self.over = why
-        for callback in self.on_end:
+        for callback in list(self.on_end):  # each removes itself
             callback()
         if self.task is not None and self.task is not asyncio.current_task():
             self.task.cancel()

@@ -1,7 +1,7 @@
 """What a `def` workflow or step holds: the same as Run, with methods that block its thread. No logic of its own.
 
-The function runs in a thread of the worker's pool; its calls run in the worker's event loop, in the thread's context. A thread
-cannot be stopped: cancel, interruption and fencing reach it at its next call.
+The function runs in a thread of the worker's pool; its calls run in the worker's event loop, in the thread's context.
+A thread cannot be stopped: cancel, interruption and fencing reach it at its next call.
 """
 
 from __future__ import annotations
@@ -180,8 +180,7 @@ class BlockingTransaction:
         self._step = self._run._wait(self._attempt.begin(self._name))
         self._step.buffer = []
         if self._engine is None:
-            options = " ".join(f"-c {name}={value.replace(' ', chr(92) + ' ')}" for name, value in db.SESSION.items())
-            self._connection = psycopg.connect(self._attempt.db.dsn, options=options)
+            self._connection = psycopg.connect(self._attempt.db.dsn, options=db.session_options(db.SESSION))
         else:
             from sqlalchemy.orm import Session  # noqa: PLC0415
 

@@ -1,9 +1,9 @@
 """Connections that the caller brought: writing within the caller's own transaction.
 
-pgchan never commits, rolls back or closes what it was given, and errors of its driver pass through untouched. A caller's
-transaction cannot be announced by a procedure that commits, so the wakeup goes with it: as a NOTIFY inside the transaction
-(sent when that commits), or, where SQLAlchemy tells of the commit, after it, which spares all other commits of the server from
-queueing behind this one.
+pgchan never commits, rolls back or closes what it was given, and errors of its driver pass through untouched. A
+caller's transaction cannot be announced by a procedure that commits, so the wakeup goes with it: as a NOTIFY inside
+the transaction (sent when that commits), or, where SQLAlchemy tells of the commit, after it, which spares all other
+commits of the server from queueing behind this one.
 """
 
 from __future__ import annotations
@@ -51,15 +51,12 @@ async def fetch(connection: Any, statement: str, *args: object) -> list[Row]:
     )
 
 
-def needs_loop(connection: Any) -> bool:
-    """Whether only async code can use this connection."""
-    import asyncpg  # noqa: PLC0415 - only who brings such a connection pays for the import
-    import psycopg  # noqa: PLC0415
-
-    if isinstance(connection, psycopg.AsyncConnection) or type(connection).__module__.startswith("asyncpg"):
-        return True
-    del asyncpg
-    return hasattr(connection, "sync_session") or hasattr(connection, "sync_connection")
+def blocking(connection: Any) -> Any:
+    """The connection, unless only async code can use it."""
+    module = type(connection).__module__
+    if module.startswith("asyncpg") or "Async" in type(connection).__name__ or "async_scoped" in type(connection).__name__:
+        raise InvalidInput(f"a {type(connection).__name__} needs an event loop; use it with pgchan.AsyncClient")
+    return connection
 
 
 async def _asyncpg(connection: Any, statement: str, args: tuple[object, ...]) -> list[Row]:
@@ -83,10 +80,10 @@ async def _psycopg(connection: Any, statement: str, args: tuple[object, ...]) ->
         raise InvalidInput("connection is closed")
     if isinstance(connection, psycopg.AsyncConnection):
         async with psycopg.AsyncRawCursor(connection, row_factory=tuple_row) as cursor:
-            await cursor.execute(statement, args)  # type: ignore[arg-type]  # static text of sql.py
+            await cursor.execute(statement, args)
             return list(await cursor.fetchall())
     with psycopg.RawCursor(connection, row_factory=tuple_row) as blocking:
-        blocking.execute(statement, args)  # type: ignore[arg-type]
+        blocking.execute(statement, args)
         return list(blocking.fetchall())
 
 
@@ -136,19 +133,20 @@ def _session(connection: Any) -> Any:
 def _announce_after_commit(session: Any, announce: Announce, announcement: tuple[Any, ...]) -> None:
     from sqlalchemy import event  # noqa: PLC0415
 
-    pending = session.info.get(_PENDING)
+    pending: list[tuple[Any, ...]] | None = session.info.get(_PENDING)
     if pending is None:
-        pending = session.info[_PENDING] = []
+        waiting: list[tuple[Any, ...]] = []
+        pending = session.info[_PENDING] = waiting
 
         @event.listens_for(session, "after_commit")
         def announce_all(_session: Any) -> None:
             # A session joined to an outer transaction tells early. The announcement is a hint; the sweep covers that.
-            for one in pending:
+            for one in waiting:
                 announce(*one)
-            pending.clear()
+            waiting.clear()
 
         @event.listens_for(session, "after_rollback")
         def forget_all(_session: Any) -> None:
-            pending.clear()
+            waiting.clear()
 
     pending.append(announcement)

@@ -1,9 +1,9 @@
 """Channels: publish, read, tail, close, trim; what a cursor proves and what a reader is told when it cannot continue.
 
-A reader passes `after`: a bare position, a cursor (position plus the time of the message there), or "now". Each page is
-read from the reader's own row on, and that row is compared with the cursor in the same statement. So a reader continues
-exactly, or raises Trimmed or HistoryLost; it is never handed wrong data, whatever crash, failover, restore, delete or trim
-lies between two pages.
+A reader passes `after`: a bare position, a cursor (position plus the time of the message there), or "now". Each page
+is read from the reader's own row on, and that row is compared with the cursor in the same statement. So a reader
+continues exactly, or raises Trimmed or HistoryLost; it is never handed wrong data, whatever crash, failover, restore,
+delete or trim lies between two pages.
 
 Coroutines over `Db`; see db.py.
 """
@@ -165,7 +165,7 @@ async def page(db: Db, name: str, *, after: int | str = 0, limit: int = 100, vie
     found = [row_message(name, content_type, row[7:]) for row in rows if row[7] is not None]
     own = found.pop(0) if found and found[0].position == position else None
     verify(name, position, check, own, head, trimmed)
-    cut = len(found) > limit or total is not None and total > len(rows)
+    cut = len(found) > limit or (total is not None and total > len(rows))
     messages = found[:limit]
     if not cut:
         cursor = names.format_cursor(head, head_us)  # all was considered, also what is void at the end
@@ -206,6 +206,7 @@ def _lost(name: str, first: int, last: int, trimmed: int) -> errors.HistoryLost:
 def row_message(name: str, content_type: str, row: Row) -> Message:
     """A message from the columns position, at, kind, key, step, attempt, void_from, body."""
     position, at, kind, key, step, attempt, void_from, body = row
+    at = at if at.tzinfo is UTC else at.astimezone(UTC)
     return Message(
         name, position, at, KINDS[kind], bytes(body), public_key(key), step, attempt, content_type, void_from
     )

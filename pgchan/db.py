@@ -1,8 +1,8 @@
 """The seam between what pgchan does and how it waits.
 
-What pgchan does is written once, as coroutines over `Db`. `AsyncClient` awaits them. `Client` steps them with `drive`:
-its `Db` blocks instead of suspending, so the first `send` runs a coroutine to its end. Code above this seam knows no
-driver, no event loop and no thread.
+What pgchan does is written once, as coroutines over `Db`. `AsyncClient` awaits them. `Client` steps them with
+`drive`: its `Db` blocks instead of suspending, so the first `send` runs a coroutine to its end. Code above this seam
+knows no driver, no event loop and no thread.
 """
 
 from __future__ import annotations
@@ -164,6 +164,17 @@ BACKOFF_SECONDS = (0.02, 1.0)  # first and longest pause between tries; each dou
 
 # What a server must not be. The text is what the user reads, so it names the fix.
 _OLDEST_SERVER = 140_000
+
+
+POOLER = (
+    "the DSN leads through a transaction pooler, on which LISTEN hears nothing and session locks hold nothing; "
+    "give control_dsn= (or PGCHAN_CONTROL_DSN), a direct connection to the same database"
+)
+
+
+def session_options(settings: dict[str, str]) -> str:
+    """Settings as libpq's `options`."""
+    return " ".join(f"-c {name}={value.replace(' ', chr(92) + ' ')}" for name, value in settings.items())
 
 
 def backoff(tries: int) -> float:

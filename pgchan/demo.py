@@ -1,8 +1,8 @@
 """The whole system to look at, from one command: PostgreSQL, server, worker processes and a page with buttons.
 
 What ends when: Ctrl-C or SIGTERM ends the server, then the workers, then PostgreSQL. If this process dies without a
-word, so do they: each child has the other end of a pipe as its standard input, and ends when that closes. Children get
-a session of their own, so that a Ctrl-C in the terminal reaches this process alone.
+word, so do they: each child has the other end of a pipe as its standard input, and ends when that closes. Children
+get a session of their own, so that a Ctrl-C in the terminal reaches this process alone.
 
 The page is for one person on one machine. It may kill processes, so it is served on 127.0.0.1 only, answers to that
 host name only, and acts on JSON requests only, which pages of other sites cannot send here.

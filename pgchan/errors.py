@@ -42,7 +42,7 @@ class Error(Exception):
 
     code = "error"
 
-    def __init__(self, message: str, **facts: Any) -> None:
+    def __init__(self, message: str, /, **facts: Any) -> None:
         super().__init__(message)
         for name, value in facts.items():
             setattr(self, name, value)

@@ -1,7 +1,9 @@
-"""What a run has recorded: step results by name, how often each was tried, and which recorded names the code has reached.
+"""What a run has recorded: step results by name, how often each was tried, and which recorded names the code has
+reached.
 
-Names are the identity of steps. The first `run.step(fetch)` is "fetch", the second "fetch#2"; a name given with `name=` counts in
-the same way. Nothing else is compared, so code may gain steps while a run is under way; it may not lose one that is recorded.
+Names are the identity of steps. The first `run.step(fetch)` is "fetch", the second "fetch#2"; a name given with
+`name=` counts in the same way. Nothing else is compared, so code may gain steps while a run is under way; it may not
+lose one that is recorded.
 """
 
 from __future__ import annotations

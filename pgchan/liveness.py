@@ -1,10 +1,9 @@
 """Who is alive: a worker's own presence, and the deaths of others.
 
-Theory of operation
--------------------
-A worker is alive while its session holds the advisory lock (1885823848, its id). It takes the lock first and enters its
-row in pgchan.workers afterwards, so a row whose lock nobody holds means a death, or a connection that was cut. Two
-threads, so that a blocked event loop does not look dead, with a connection each:
+Theory of operation ------------------- A worker is alive while its session holds the advisory lock (1885823848, its
+id). It takes the lock first and enters its row in pgchan.workers afterwards, so a row whose lock nobody holds means a
+death, or a connection that was cut. Two threads, so that a blocked event loop does not look dead, with a connection
+each:
 
 lock    holds the lock and sends a heartbeat every 0.3 of the lease. The server ends the session if it hears nothing
         for a lease (idle_session_timeout): a frozen process, or one behind a black hole, loses its lock by that.
@@ -21,19 +20,20 @@ The grace. A free lock is a suspicion, not yet a death: a live worker whose conn
 restarted (all locks go at once), takes its lock back at once and carries on under the same id. So a suspect is given
 the grace, counted from the first look that saw its lock free, on a connection that has not been cut since. Suspicions
 age side by side: several deaths cost one grace. A suspect that came back and was lost again is a new suspicion; the
-backend_pid in its row, renewed with each return, tells. Then `pgchan.reap` decides in the database: it takes the lock,
-or finds it held. Who returns takes the lock first too and looks for its row second: if that is gone it was superseded,
-drops everything and enters anew under another id.
+backend_pid in its row, renewed with each return, tells. Then `pgchan.reap` decides in the database: it takes the
+lock, or finds it held. Who returns takes the lock first too and looks for its row second: if that is gone it was
+superseded, drops everything and enters anew under another id.
 
 Self-fencing. `deadline` is the send time of the last acknowledged heartbeat plus 0.7 of the lease, by the monotonic
 clock; past it the engine stops its runs. The time of sending counts, because a heartbeat can hang for as long as a
 black hole lasts. This spares work and outside effects; what protects the data is the epoch of each run.
 
-What each fault does: SIGKILL frees the lock in milliseconds and the runs after the grace. SIGSTOP and a path that
-swallows everything: after the lease and the grace. A cut connection, a restarted server: nothing, if the worker is back
-within the grace. A path that dies under the connection while others work: the worker ends its own forgotten session,
-which may hold the lock for a lease yet, and takes the lock back. A watcher that dies as it is granted: its session
-ends, the lock is free again, the next one looks.
+What each fault does: SIGKILL frees the lock in milliseconds and the runs after the grace. SIGSTOP, or a proxy that
+forwards nothing: after the lease and the grace. Packets that are dropped: after half a lease, when TCP's keepalives on
+the server's side give up, and the grace; that may be a moment before the worker's own deadline. A cut connection, a restarted server: nothing, if the worker is
+back within the grace. A path that dies under the connection while others work: the worker ends its own forgotten
+session, which may hold the lock for a lease yet, and takes the lock back. A watcher that dies as it is granted: its
+session ends, the lock is free again, the next one looks.
 
 Every wait has a time limit of the client's own and ends when `stop` is called: see session.py.
 """

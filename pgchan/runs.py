@@ -7,7 +7,7 @@ from typing import Any
 
 from pgchan import channels, codec, errors, names, sql
 from pgchan.db import Db, Row
-from pgchan.model import ENDED, STATES, SIGNAL, Message, RunError, RunStatus
+from pgchan.model import ENDED, SIGNAL, STATES, Message, RunError, RunStatus
 from pgchan.workflows import DEFAULT_QUEUE, Workflow, encode_input, workflow_name
 
 PRIORITY_MAX = 1_000_000
@@ -59,9 +59,8 @@ async def status(db: Db, run: str) -> RunStatus:
 
 def row_status(row: Row) -> RunStatus:
     """A RunStatus from the columns of sql.RUN_STATUS."""
-    *front, error_type, error_message, created_at, started_at, ended_at, wake_at = row
-    error = RunError(error_type, error_message or "") if error_type is not None else None
-    return RunStatus(*front, error, created_at, started_at, ended_at, wake_at)  # type: ignore[arg-type]  # by position
+    error = RunError(row[8], row[9] or "") if row[8] is not None else None
+    return RunStatus(*row[:8], error, *row[10:])
 
 
 async def listing(

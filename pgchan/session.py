@@ -2,8 +2,8 @@
 
 psycopg's cursors wait for as long as the server, or the network, is silent. A session here waits with libpq's
 asynchronous calls, which psycopg documents as `psycopg.pq`, so that every wait ends: with the answer, at a time limit
-of the client's own, or when the owner of the thread says stop. It knows at once when the server hangs up, also between
-statements. Two things can go wrong: `Cut`, the session is lost; `Refused`, the server answered with an error.
+of the client's own, or when the owner of the thread says stop. It knows at once when the server hangs up, also
+between statements. Two things can go wrong: `Cut`, the session is lost; `Refused`, the server answered with an error.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from psycopg import pq
 
 from pgchan.errors import InvalidInput
 
+# ------------------------------------------------------------------------------------------------ statements
+
 # Settings that this server does not know are left out. The session's own pid, which is not the one of the handshake if
 # a pooler stands between.
 SET = """
@@ -31,7 +33,7 @@ from unnest($1::text[], $2::text[]) g (name, value) join pg_settings s on s.name
 """
 
 CONNECT_SECONDS_MAX = 5
-CONNECT_SECONDS_MIN = 2  # libpq takes less as this
+CONNECT_SECONDS_MIN = 2  # libpq takes anything less for this
 REPLY_SECONDS = 5.0  # everything but a heartbeat
 STOP_SECONDS = 0.25  # for a statement that is under way when `stop` is called
 
@@ -69,12 +71,14 @@ class Stop:
         os.close(self.fd)
 
     def set(self) -> None:
+        """Wake everybody who waits, now and from now on."""
         with self._lock:
             if not self._set:
                 self._set = True
                 os.close(self._end)
 
     def is_set(self) -> bool:
+        """Whether it is time to stop."""
         return self._set
 
     def wait(self, seconds: float) -> bool:
@@ -108,6 +112,7 @@ class Session:
         self.close()
 
     def close(self) -> None:
+        """Hang up; the server frees what the session holds."""
         self._connection.close()
 
     def configure(self, settings: dict[str, str]) -> None:
@@ -188,4 +193,5 @@ def _reason(error: psycopg.Error) -> str:
 
 
 def milliseconds(seconds: float) -> str:
+    """A duration as PostgreSQL's settings take it."""
     return f"{math.ceil(seconds * 1000)}ms"

@@ -1,8 +1,8 @@
 """Every statement that the clients send, and why it is written that way.
 
-Writes are calls of the routines in schema.sql; reads stand here. Statements are static text with `$n` parameters, each
-cast, so that both drivers and SQLAlchemy send the same text and the server never guesses a type. The worker's presence
-(locks, heartbeats) is in the last section.
+Writes are calls of the routines in schema.sql; reads stand here. Statements are static text with `$n` parameters,
+each cast, so that both drivers and SQLAlchemy send the same text and the server never guesses a type. The worker's
+presence (locks, heartbeats) is in the last section.
 """
 
 from __future__ import annotations

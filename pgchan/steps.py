@@ -1,7 +1,8 @@
 """What a workflow holds: steps, output, signals, sleep, transactions, children. The record-keeping is in attempt.py.
 
-Each operation that is recorded follows one pattern: take the next name, see whether the journal has it, else do it and record
-it. So a function that is replayed after a crash runs quickly through what is recorded and goes on where the record ends.
+Each operation that is recorded follows one pattern: take the next name, see whether the journal has it, else do it
+and record it. So a function that is replayed after a crash runs quickly through what is recorded and goes on where
+the record ends.
 """
 
 from __future__ import annotations

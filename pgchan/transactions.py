@@ -1,11 +1,12 @@
 """A step that is one database transaction: the user's rows, the step's record and its output commit together, once.
 
-The record is written last, in the user's transaction, under the run's epoch: an attempt that was superseded meanwhile is refused
-there, and the user's rows go with it. If the answer to the commit is lost, this attempt cannot know; it gives the run back, and
-the next one finds the record or does not.
+The record is written last, in the user's transaction, under the run's epoch: an attempt that was superseded meanwhile
+is refused there, and the user's rows go with it. If the answer to the commit is lost, this attempt cannot know; it
+gives the run back, and the next one finds the record or does not.
 
-A `with` block cannot be skipped. When the step is recorded already, the block gets a stand-in that raises at its first use;
-leaving the block swallows that, so nothing of the block that touches the database or the run happens twice.
+A `with` block cannot be skipped. When the step is recorded already, the block gets a stand-in that raises at its
+first use; leaving the block swallows that, so nothing of the block that touches the database or the run happens
+twice.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """The listener's bookkeeping: who follows what, what is dirty, what is in memory. No I/O; a door pumps it.
 
-How it works. A process has one LISTEN connection, whatever the number of its readers. A NOTIFY is a hint, "channel 17 has
-reached position 40"; it marks the channel dirty, and one statement then reads all dirty channels at once. Messages that were
-read stay in a bounded buffer per followed channel, from which every reader of the process is served: N readers cost one
-read. A reader that is not covered by the buffer reads pages of the table until it is.
+How it works. A process has one LISTEN connection, whatever the number of its readers. A NOTIFY is a hint, "channel 17
+has reached position 40"; it marks the channel dirty, and one statement then reads all dirty channels at once.
+Messages that were read stay in a bounded buffer per followed channel, from which every reader of the process is
+served: N readers cost one read. A reader that is not covered by the buffer reads pages of the table until it is.
 
-Nothing depends on a hint. Once a second a sweep compares the heads of all followed channels, so a lost wakeup costs a second.
-After a reconnect everything is dirty: LISTEN first, read then. A hint for a channel that nobody follows, or for a head that is
-known, does nothing, so invented ones cost little.
+Nothing depends on a hint. Once a second a sweep compares the heads of all followed channels, so a lost wakeup costs a
+second. After a reconnect everything is dirty: LISTEN first, read then. A hint for a channel that nobody follows, or
+for a head that is known, does nothing, so invented ones cost little.
 
-A read starts at the last message that the process has, and compares it: if it is not the one that was read before, the buffer
-is dropped and each reader finds out from the table what became of its own cursor.
+A read starts at the last message that the process has, and compares it: if it is not the one that was read before,
+the buffer is dropped and each reader finds out from the table what became of its own cursor.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Followed:
 
     def recent(self, after: int, after_us: int | None) -> list[Message] | None:
         """The messages behind a position, from memory; None if memory cannot tell (read the table)."""
-        if not self.base <= after <= self.head or self.id is None and after > 0:
+        if not self.base <= after <= self.head or (self.id is None and after > 0):
             return None
         if after == self.head:
             return [] if after_us is None or after_us == self.head_us else None
@@ -80,7 +80,7 @@ class Followed:
         self.size += sum(len(message.raw) for message in messages)
         self.head = messages[-1].position
         self.head_us = microseconds(messages[-1].at)
-        while len(self.buffer) > BUFFER_MESSAGES_MAX or self.size > BUFFER_BYTES_MAX and len(self.buffer) > 1:
+        while len(self.buffer) > BUFFER_MESSAGES_MAX or (self.size > BUFFER_BYTES_MAX and len(self.buffer) > 1):
             gone = self.buffer.popleft()
             self.size -= len(gone.raw)
             self.base = gone.position

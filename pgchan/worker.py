@@ -1,13 +1,13 @@
 """The worker: claims runs, executes them, hands back what it cannot finish.
 
-How it works. `run()` registers with liveness.py (the lock, its thread, the deaths of others) and then claims: at start, when a
-queue is announced, when a timer is due, and once a second in any case. Each claimed run is one asyncio task over an `Attempt`.
-One pump reads signals for all runs whose channel has moved, in one statement; it also learns there that a run was cancelled or
-taken over, because its epoch is another one.
+How it works. `run()` registers with liveness.py (the lock, its thread, the deaths of others) and then claims: at
+start, when a queue is announced, when a timer is due, and once a second in any case. Each claimed run is one asyncio
+task over an `Attempt`. One pump reads signals for all runs whose channel has moved, in one statement; it also learns
+there that a run was cancelled or taken over, because its epoch is another one.
 
-The worker may act until `liveness.deadline`. If the database cannot be reached until then it stops its runs: somebody else may
-start them soon. When it is back under the same id it returns to their queues what it held; under a new id (it was taken for
-dead) there is nothing left to return.
+The worker may act until `liveness.deadline`. If the database cannot be reached until then it stops its runs: somebody
+else may start them soon. When it is back under the same id it returns to their queues what it held; under a new id
+(it was taken for dead) there is nothing left to return.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Workflows and steps as their author declares them, and the arguments that go in.
 
-Arguments are JSON, stored as one object {"args": […], "kwargs": {…}} and converted to the function's annotations when it is
-called: by the worker, and by `start` as well if it is given the function, so that what does not fit fails at the caller.
+Arguments are JSON, stored as one object {"args": […], "kwargs": {…}} and converted to the function's annotations when
+it is called: by the worker, and by `start` as well if it is given the function, so that what does not fit fails at
+the caller.
 """
 
 from __future__ import annotations

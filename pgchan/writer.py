@@ -1,15 +1,18 @@
 """Group commit: what waits to be written, what goes into the next batch, what became of each entry. No I/O.
 
-How it works. A door has one connection for writing. Whatever has accumulated while a batch was on its way makes up the next
-one, which is sent as soon as the last is acknowledged: no timers, and under load the batches grow by themselves. A batch is
-one `call pgchan.write(…)`: atomic, one commit, one round trip, however many channels it touches.
+How it works. A door has one connection for writing. Whatever has accumulated while a batch was on its way makes up
+the next one, which is sent as soon as the last is acknowledged: no timers, and under load the batches grow by
+themselves. A batch is one `call pgchan.write(…)`: atomic, one commit, one round trip, however many channels it
+touches.
 
-Order is strictly that of arrival. Where an entry cannot go along (its channel is in the batch under another fence, its key is
-there already, a limit is reached) the batch ends before it. So a step's output never overtakes, nor is overtaken by, its result.
+Order is strictly that of arrival. Where an entry cannot go along (its channel is in the batch under another fence,
+its key is there already, a limit is reached) the batch ends before it. So a step's output never overtakes, nor is
+overtaken by, its result.
 
-A lost connection leaves one batch in doubt. It is all there or not at all, so one message that can be recognised tells: entries
-of an owner (the current attempt of a run; nobody else writes messages with a step there) are looked for behind the last position
-known, entries with a key are sent again and found, and only what has neither goes to its caller as Indefinite.
+A lost connection leaves one batch in doubt. It is all there or not at all, so one message that can be recognised
+tells: entries of an owner (the current attempt of a run; nobody else writes messages with a step there) are looked
+for behind the last position known, entries with a key are sent again and found, and only what has neither goes to its
+caller as Indefinite.
 """
 
 from __future__ import annotations

@@ -25,16 +25,17 @@ FUNCTION_LINES_MAX = 60
 ROWS: tuple[tuple[set[str], ...], ...] = (
     ({"errors", "points"}, {"names", "dsn"}, {"codec"}, {"model"}),
     ({"sql"}, {"db"}),
-    ({"writer"}, {"workflows"}, {"channels"}, {"wakeups"}, {"journal"}, {"runs"}),
-    ({"callers"}, {"asyncpg_db", "psycopg_db"}, {"aio", "sync", "sqlalchemy"}),
-    ({"session"}, {"liveness"}, {"steps"}, {"worker"}),
+    ({"writer"}, {"callers", "workflows"}, {"channels"}, {"wakeups"}, {"journal"}, {"runs"}),
+    ({"asyncpg_db", "psycopg_db"}, {"aio", "sync", "sqlalchemy"}),
+    ({"session"}, {"liveness"}, {"attempt"}, {"transactions"}, {"steps"}, {"blocking"}, {"worker"}),
     (
         {"migrations"}, {"migrate"}, {"env"}, {"doctor"}, {"server"}, {"console"}, {"serve"}, {"testing"}, {"examples"},
         {"embedded"}, {"demo"}, {"cli"},
     ),
 )  # fmt: skip
-# Only these may import drivers, asyncio or threading. What is inside is coroutines over Db, and does no I/O.
-OUTSIDE = {module for row in ROWS[3:] for group in row for module in group}
+# Only these may import drivers, asyncio or threading. What is inside is coroutines over Db, and does no I/O; callers.py
+# is the exception, because the caller's own connection is a driver's.
+OUTSIDE = {module for row in ROWS[3:] for group in row for module in group} | {"callers"}
 IO = {"asyncio", "threading", "asyncpg", "psycopg", "sqlalchemy", "socket", "select", "selectors", "concurrent"}
 
 # Words that have another name in this house, as a part of the name of a module, class or function.
@@ -164,7 +165,7 @@ def _arguments(function: Any) -> list[tuple[str, Any, Any]]:
 
 _STATEMENT = re.compile(
     r"""\A\s*(?:
-        select\b | insert\s+into\b | delete\s+from\b | update\s+\w | with\s+\w+\s+as\b | call\s+\w | do\s+\$
+        select\b | insert\s+into\b | delete\s+from\b | update\s+\w | with\s+\w+\s+as\b | call\s+pgchan\. | do\s+\$
       | (?:un)?listen\s+[\w"*] | notify\s+\w | (?:create|alter|drop)\s+(?:table|schema|function|role|index|database)\b
       | set\s+(?:local\s+|session\s+)?\w+\s*(?:=|to\b) | begin\b | commit\b | rollback\b | pg_\w+\(
     )""",

@@ -1,4 +1,7 @@
-"""A worker is alive while its session holds its lock; others notice when it does not, and nobody is buried alive."""
+"""A worker is alive while its session holds its lock; others notice when it does not, and nobody is buried alive.
+
+Long, because the workers, the child processes and the paths that can be made to fail are of use to this file only.
+"""
 
 import contextlib
 import json

@@ -1,0 +1,637 @@
+"""`Db` on psycopg: everything blocks. A pool for statements, one connection that writes, and a thread that listens.
+
+Writing needs no thread: of the callers that publish at the same time one sends a batch for all of them, and hands
+over to another when its own entry is written. Listening does: `Listener` pumps the hub of wakeups.py in a daemon
+thread, which starts with the first tail() or result(). All of the hub is guarded by one condition, which readers wait
+on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import psycopg
+from psycopg.rows import tuple_row
+
+from pgchan import db, errors, sql
+from pgchan.db import Entry, Known, Outcome, Row
+from pgchan.model import Message
+from pgchan.names import POSITION_MAX
+from pgchan.wakeups import LISTEN_NAMES, MOVED_BYTES_MAX, MOVED_MESSAGES_MAX, SWEEP_SECONDS, Followed, Hub, Watch
+from pgchan.writer import Batch, Queued, Waiting
+
+CONNECT_SECONDS = 5
+HEAR_SECONDS = 0.25  # how soon the listening thread sees that the client is closed
+PING_SECONDS = 3.0  # how often the listener hears itself; it reconnects when it missed a ping
+KNOWN_MAX = 100_000  # channels whose id and type are remembered
+LOCK_CLASS = 1_885_823_848
+
+# What libpq says when a server is there but not ready; the rest of what it calls FATAL will not go away by waiting.
+_NOT_READY = ("starting up", "shutting down", "too many", "connection slots", "not yet accepting", "recovery")
+
+log = logging.getLogger("pgchan")
+
+Connection = psycopg.Connection[Any]
+DRIVER_ERRORS = (psycopg.Error, OSError)
+
+
+class PsycopgDb:
+    """One database over psycopg. Opens nothing until it is used; may be shared by threads."""
+
+    def __init__(self, dsn: str, control_dsn: str | None, *, patience: float, pool_size: int, name: str) -> None:
+        self.dsn = dsn
+        self._control_dsn = control_dsn
+        self._name = name
+        self._patience = patience
+        self._pool = _Pool(pool_size, lambda: self.connect("pool"))
+        self._checked = False
+        self._checking = threading.Lock()
+        self._pooled = False
+        self._known: dict[str, Known] = {}
+        self.stats: dict[str, int] = {"reads": 0, "writes": 0, "entries": 0, "pages": 0}
+        self._writer = _Writer(self)
+        self.listener = Listener(self)
+
+    @property
+    def patience(self) -> float:
+        """Seconds for which a call is retried."""
+        return self._patience
+
+    # -- connections
+
+    def connect(self, role: str, *, direct: bool = False) -> Connection:
+        """A connection of pgchan's own for one purpose; direct: to control_dsn, past a pooler."""
+        dsn = self._control_dsn if direct and self._control_dsn else self.dsn
+        pooled = self._pooled and not (direct and self._control_dsn)
+        settings = dict(db.SESSION)
+        while True:
+            options: dict[str, Any] = {} if pooled else {"options": db.session_options(settings)}
+            try:
+                connection = psycopg.connect(
+                    dsn, autocommit=True, row_factory=tuple_row, cursor_factory=psycopg.RawCursor,
+                    prepare_threshold=None if pooled else 5, application_name=f"{self._name} {role}",
+                    connect_timeout=CONNECT_SECONDS, keepalives_idle=2, keepalives_interval=1, keepalives_count=3,
+                    tcp_user_timeout=5000, **options,
+                )  # fmt: skip
+            except psycopg.OperationalError as error:
+                if "unsupported startup parameter" in str(error) and not pooled:
+                    pooled = True  # a pooler takes only the parameters that it knows
+                elif not any(name in str(error) and settings.pop(name, None) for name in db.SESSION_OPTIONAL):
+                    raise _refused(error) from error
+            else:
+                if not direct:
+                    self._pooled = pooled
+                return connection
+
+    def _check(self) -> None:
+        if not self._checked:
+            with self._checking:
+                self._check_once()
+
+    def _check_once(self) -> None:
+        if not self._checked:  # another thread may have done it meanwhile
+            with self.connect("check") as connection:
+                row = connection.execute(sql.DEPLOYMENT).fetchone()
+                assert row is not None
+                db.check_deployment(row)
+                self._pooled = self._pooled or connection.info.backend_pid != row[6]
+                version = connection.execute(sql.VERSION).fetchone()
+                assert version is not None
+                db.check_version(version[0])
+            self._checked = True
+
+    def check_control(self) -> None:
+        """Refuse to listen where a transaction pooler would make that hear nothing."""
+        self.open()
+        if self._pooled and self._control_dsn is None and not self._holds_sessions():
+            raise errors.UnsafeDeployment(db.POOLER)
+
+    def _holds_sessions(self) -> bool:
+        # Two connections, one lock: behind a session pooler the second cannot get it.
+        key = uuid.uuid4().int % (1 << 24)
+        with self.connect("probe") as first, self.connect("probe") as second:
+            first.execute(sql.TRY_LOCK, (LOCK_CLASS + 1, key))
+            got = second.execute(sql.TRY_LOCK, (LOCK_CLASS + 1, key)).fetchone()
+            first.execute(sql.UNLOCK, (LOCK_CLASS + 1, key))
+            return got is not None and not got[0]
+
+    def open(self) -> None:
+        """Connect and check; retried while the server cannot be reached."""
+        self._persist(self._check, writing=False)
+
+    def close(self) -> None:
+        """End the thread and all connections."""
+        self.listener.close()
+        self._writer.close()
+        self._pool.close()
+
+    # -- Db
+
+    async def fetch(self, statement: str, *args: object) -> list[Row]:
+        """See Db."""
+        rows: list[Row] = self._persist(lambda: self._run(statement, args), writing=False)
+        return rows
+
+    async def call(self, statement: str, *args: object) -> Row:
+        """See Db."""
+        rows: list[Row] = self._persist(lambda: self._run(statement, args), writing=True)
+        return rows[0]
+
+    def _run(self, statement: str, args: tuple[object, ...]) -> list[Row]:
+        self._check()
+        with self._pool.connection(self._patience) as connection:
+            self.stats["pages"] += 1
+            return list(connection.execute(statement, args).fetchall())
+
+    def _persist(self, action: Callable[[], Any], *, writing: bool) -> Any:
+        """Do it, and do it again while it is known not to be done, until the patience is over."""
+        until = time.monotonic() + self._patience
+        tries = 0
+        while True:
+            try:
+                return action()
+            except errors.Unavailable as error:
+                failed: errors.Error = error
+            except errors.Error:
+                raise
+            except DRIVER_ERRORS as error:
+                failed = translate(error, writing=writing and self._checked)
+                if not isinstance(failed, errors.Unavailable):
+                    raise failed from error
+            tries += 1
+            pause = db.backoff(tries)
+            if time.monotonic() + pause > until:
+                raise failed
+            time.sleep(pause)
+
+    async def append(self, entry: Entry) -> Outcome:
+        """See Db."""
+        self.open()
+        outcome = self._writer.append(entry)
+        if outcome.word != "type" and outcome.channel_id is not None:
+            self.learn(entry.name, Known(outcome.channel_id, entry.content_type))
+        return outcome
+
+    async def append_together(self, batches: Sequence[Batch]) -> list[Outcome]:
+        """See Db."""
+        if len(batches) == 1:
+            return batches[0].outcomes(await self.call(sql.WRITE, *batches[0].arguments()))
+        self.open()
+        outcomes: list[Outcome] = []
+        moved: dict[int, int] = {}
+        created = committing = False
+        try:
+            with self._pool.connection(self._patience) as connection, connection.transaction() as transaction:
+                for batch in batches:
+                    row = connection.execute(sql.APPEND_QUIETLY, batch.arguments()).fetchone()
+                    assert row is not None
+                    outcomes += batch.outcomes(row)
+                    moved.update({i: head for i, head in zip(row[0], row[1], strict=True) if head is not None})
+                    created = created or row[7]
+                if any(outcome.word not in db.STORED for outcome in outcomes):
+                    raise psycopg.Rollback(transaction)
+                committing = True
+        except DRIVER_ERRORS as error:
+            raise translate(error, writing=committing) from error
+        if committing:
+            self.announce(list(moved), list(moved.values()), created, [])
+        return outcomes
+
+    def announce(self, ids: list[int], heads: list[int], created: bool, queues: list[str]) -> None:
+        """See Db."""
+        with contextlib.suppress(errors.Error, *DRIVER_ERRORS):  # a hint; the sweeps find what it would have told
+            self._run(sql.WAKE, (ids, heads, created, queues))
+
+    async def follow(self, name: str) -> BlockingFollow:
+        """See Db."""
+        followed, fresh = self.listener.follow(name)
+        follow = BlockingFollow(self.listener, followed)
+        if fresh:
+            try:
+                rows = await self.fetch(sql.FOLLOW, [name])
+            except BaseException:
+                follow.unfollow()
+                raise
+            with self.listener.changed:
+                self.listener.hub.looked_up(rows, fresh=True)
+        return follow
+
+    async def wait(self, follow: db.Follow, after: int, seconds: float) -> None:
+        """See Db."""
+        assert isinstance(follow, BlockingFollow)
+        follow.wait(seconds)
+
+    async def watch_end(self, channel_id: int) -> BlockingEnding:
+        """See Db."""
+        self.listener.start()
+        return BlockingEnding(self.listener, channel_id)
+
+    async def wait_end(self, ending: db.Ending, seconds: float) -> None:
+        """See Db."""
+        assert isinstance(ending, BlockingEnding)
+        ending.event.wait(seconds)
+        ending.event.clear()
+
+    def known(self, name: str) -> Known | None:
+        """See Db."""
+        return self._known.get(name)
+
+    def learn(self, name: str, known: Known | None) -> None:
+        """See Db."""
+        if known is None:
+            self._known.pop(name, None)
+            return
+        if len(self._known) >= KNOWN_MAX:
+            self._known.clear()
+        self._known[name] = known
+
+    def monotonic(self) -> float:
+        """See Db."""
+        return time.monotonic()
+
+
+class _Pool:
+    """At most so many connections; a thread that finds none waits."""
+
+    def __init__(self, size: int, connect: Callable[[], Connection]) -> None:
+        self._size = size
+        self._connect = connect
+        self._idle: deque[Connection] = deque()
+        self._count = 0
+        self._free = threading.Condition()
+
+    @contextlib.contextmanager
+    def connection(self, seconds: float) -> Iterator[Connection]:
+        connection = self._take(seconds)
+        try:
+            yield connection
+        finally:
+            self._give(connection)
+
+    def _take(self, seconds: float) -> Connection:
+        with self._free:
+            if not self._free.wait_for(lambda: self._idle or self._count < self._size, seconds):
+                raise errors.Unavailable(f"all {self._size} connections of the pool are in use")
+            while self._idle:
+                connection = self._idle.pop()
+                if not connection.closed:
+                    return connection
+                self._count -= 1
+            self._count += 1
+        try:
+            return self._connect()
+        except BaseException:
+            with self._free:
+                self._count -= 1
+                self._free.notify()
+            raise
+
+    def _give(self, connection: Connection) -> None:
+        if connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+            connection.close()
+        with self._free:
+            if connection.closed:
+                self._count -= 1
+            else:
+                self._idle.append(connection)
+            self._free.notify()
+
+    def close(self) -> None:
+        with self._free:
+            while self._idle:
+                self._idle.pop().close()
+                self._count -= 1
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+class _Receipt:
+    """What a caller of append() waits for: its outcome, or to be the one who sends the next batch."""
+
+    __slots__ = ("event", "leads", "outcome")
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.outcome: Outcome | errors.Error | None = None
+        self.leads = False
+
+    def settle(self, outcome: Outcome | errors.Error) -> None:
+        self.outcome = outcome
+        self.event.set()
+
+
+class _Writer:
+    """Group commit among threads. Theory in writer.py."""
+
+    def __init__(self, owner: PsycopgDb) -> None:
+        self._db = owner
+        self._lock = threading.Lock()
+        self._waiting = Waiting()
+        self._receipts: deque[_Receipt] = deque()
+        self._led = False
+        self._connection: Connection | None = None
+
+    def append(self, entry: Entry) -> Outcome:
+        receipt = _Receipt()
+        with self._lock:
+            self._waiting.put(Queued(entry, receipt.settle, time.monotonic() + self._db.patience))
+            self._receipts.append(receipt)
+            receipt.leads, self._led = not self._led, True
+        try:
+            while receipt.outcome is None:
+                if receipt.leads:
+                    self._send_next()
+                else:
+                    receipt.event.wait()
+                    receipt.event.clear()
+        finally:
+            if receipt.leads:
+                self._hand_over()
+        if isinstance(receipt.outcome, errors.Error):
+            raise receipt.outcome
+        return receipt.outcome
+
+    def _hand_over(self) -> None:
+        with self._lock:
+            while self._receipts and self._receipts[0].outcome is not None:
+                self._receipts.popleft()
+            if self._receipts:
+                self._receipts[0].leads = True
+                self._receipts[0].event.set()
+            else:
+                self._led = False
+
+    def _send_next(self) -> None:
+        with self._lock:
+            batch = self._waiting.take()
+        if batch is None:
+            return
+        try:
+            connection = self._connected()
+            row = connection.execute(sql.WRITE, batch.arguments()).fetchone()
+        except errors.Error as error:
+            self._failed(batch, error)
+        except DRIVER_ERRORS as error:
+            self._failed(batch, translate(error, writing=True))
+        except BaseException:  # Ctrl-C in the middle of it
+            self._connection = None
+            self._failed(batch, errors.Indefinite("interrupted while this was being written; perhaps it was"))
+            raise
+        else:
+            assert row is not None
+            self._db.stats["writes"] += 1
+            self._db.stats["entries"] += len(batch.queued)
+            for queued, outcome in zip(batch.queued, batch.outcomes(row), strict=True):
+                assert queued.settle is not None
+                queued.settle(outcome)
+
+    def _connected(self) -> Connection:
+        if self._connection is None or self._connection.closed:
+            self._connection = self._db.connect("writer")
+        return self._connection
+
+    def _failed(self, batch: Batch, error: errors.Error) -> None:
+        again: list[Queued] = []
+        now = time.monotonic()
+        for queued in batch.queued:
+            assert queued.settle is not None
+            retry = isinstance(error, errors.Unavailable) or (
+                isinstance(error, errors.Indefinite) and queued.entry.key is not None
+            )
+            if retry and queued.deadline > now:
+                again.append(queued)
+            elif len(batch.queued) > 1 and not isinstance(error, errors.Unavailable | errors.Indefinite):
+                again.append(queued)  # one entry that the server refuses must not take the others along
+            else:
+                queued.settle(error)
+        if again and not isinstance(error, errors.Unavailable | errors.Indefinite):
+            for queued in again:
+                alone = Batch()
+                alone.add(queued)
+                self._send_alone(alone)
+            return
+        with self._lock:
+            self._waiting.put_back(again)
+        if again:
+            time.sleep(db.backoff(2))
+
+    def _send_alone(self, batch: Batch) -> None:
+        (queued,) = batch.queued
+        assert queued.settle is not None
+        try:
+            row = self._connected().execute(sql.WRITE, batch.arguments()).fetchone()
+            assert row is not None
+            queued.settle(batch.outcomes(row)[0])
+        except errors.Error as error:
+            queued.settle(error)
+        except DRIVER_ERRORS as error:
+            queued.settle(translate(error, writing=True))
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+
+# ------------------------------------------------------------------------------------------------ listening
+
+
+class Listener:
+    """Pumps the hub in a thread. Theory in wakeups.py. state: "idle", "connecting", "listening" or "closed"."""
+
+    def __init__(self, owner: PsycopgDb) -> None:
+        self._db = owner
+        self.changed = threading.Condition()
+        self.hub = Hub(lambda _: self.changed.notify_all())
+        self.state = "idle"
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._listening = threading.Event()
+        self._closing = threading.Event()
+        self._ping_name = f"pgchan_ping_{uuid.uuid4().hex[:16]}"
+        self._ping_heard = True
+
+    def start(self) -> None:
+        """Listen; returns when the thread does. Raises UnsafeDeployment behind a transaction pooler."""
+        with self._starting:
+            if self._thread is None:
+                self._db.check_control()
+                self.state = "connecting"
+                self._thread = threading.Thread(target=self._run, name="pgchan listener", daemon=True)
+                self._thread.start()
+        while not self._listening.wait(HEAR_SECONDS):
+            if self._closing.is_set():
+                raise errors.InvalidInput("this client is closed; make a new one")
+
+    def close(self) -> None:
+        """End the thread, and let readers that wait look up."""
+        self._closing.set()
+        self.state = "closed"
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(2 * HEAR_SECONDS + 1)
+        with self.changed:
+            self.changed.notify_all()
+
+    def follow(self, name: str) -> tuple[Followed, bool]:
+        """Count one more follower; True if the channel must be looked up."""
+        self.start()
+        with self.changed:
+            return self.hub.follow(name)
+
+    def _run(self) -> None:
+        tries = 0
+        while not self._closing.is_set():
+            try:
+                with self._db.connect("listen", direct=True) as connection:
+                    self._listen(connection)
+                    tries = 0
+                    self._pump(connection)
+            except (errors.Error, *DRIVER_ERRORS) as error:
+                log.info("the listening connection was lost (%s); reconnecting", type(error).__name__)
+            except Exception:
+                log.exception("the listener failed; reconnecting")
+            if not self._closing.is_set():
+                self.state = "connecting"
+                tries += 1
+                self._closing.wait(db.backoff(tries))
+
+    def _listen(self, connection: Connection) -> None:
+        for name in (*LISTEN_NAMES, self._ping_name):
+            connection.execute(f"listen {name}")
+        self._ping_heard = True
+        with self.changed:
+            self.hub.everything_moved()
+        self.state = "listening"
+        self._listening.set()
+
+    def _pump(self, connection: Connection) -> None:
+        next_sweep = next_ping = time.monotonic() + SWEEP_SECONDS
+        self._look(connection)
+        while not self._closing.is_set():
+            seconds = min(HEAR_SECONDS, max(0.0, min(next_sweep, next_ping) - time.monotonic()))
+            for notify in connection.notifies(timeout=seconds, stop_after=1):
+                if notify.channel == self._ping_name:
+                    self._ping_heard = True
+                else:
+                    with self.changed:
+                        self.hub.heard(notify.channel, notify.payload)
+            self._look(connection)
+            now = time.monotonic()
+            if now >= next_sweep:
+                next_sweep = now + SWEEP_SECONDS
+                with self.changed:
+                    ids = self.hub.swept_ids()
+                    self.hub.look_up = True
+                if ids:
+                    rows = connection.execute(sql.SWEEP, (ids,)).fetchall()
+                    with self.changed:
+                        self.hub.swept(rows)
+                self._look(connection)
+            if now >= next_ping:
+                next_ping = now + PING_SECONDS
+                if not self._ping_heard:
+                    raise OSError("the listener does not hear itself")
+                self._ping_heard = False
+                connection.execute(sql.PING, (self._ping_name,))
+
+    def _look(self, connection: Connection) -> None:
+        with self.changed:
+            unknown = self.hub.unknown_names() if self.hub.look_up else []
+        if unknown:
+            rows = connection.execute(sql.FOLLOW, (unknown,)).fetchall()
+            with self.changed:
+                self.hub.looked_up(rows)
+        while True:
+            with self.changed:
+                ids, heads = self.hub.take_dirty()
+            if not ids:
+                return
+            self._db.stats["reads"] += 1
+            rows = connection.execute(sql.READ_MOVED, (ids, heads, MOVED_MESSAGES_MAX, MOVED_BYTES_MAX)).fetchall()
+            with self.changed:
+                self.hub.read(rows)
+            if self.hub.fruitless:
+                if self.hub.fruitless >= 3:
+                    self._closing.wait(0.05)  # hints that lead to nothing are read at 20 a second at most
+                return
+
+
+class BlockingFollow:
+    """One reader's interest in a channel."""
+
+    def __init__(self, listener: Listener, followed: Followed) -> None:
+        self._listener = listener
+        self._followed = followed
+        self._version = -1
+        self._done = False
+
+    @property
+    def is_closed(self) -> bool:
+        """See Follow."""
+        return self._followed.is_closed
+
+    def recent(self, after: int, after_us: int | None) -> list[Message] | None:
+        """See Follow."""
+        with self._listener.changed:
+            self._version = self._followed.version
+            return self._followed.recent(after, after_us)
+
+    def wait(self, seconds: float) -> None:
+        """Until there is news since recent() was asked, or the time is over."""
+        with self._listener.changed:
+            self._listener.changed.wait_for(
+                lambda: self._followed.version != self._version or self._listener.state == "closed", seconds
+            )
+        if self._listener.state == "closed":
+            raise errors.InvalidInput("this client is closed; make a new one")
+
+    def unfollow(self) -> None:
+        """See Follow."""
+        with self._listener.changed:
+            if not self._done:
+                self._done = True
+                self._listener.hub.unfollow(self._followed)
+
+
+class BlockingEnding:
+    """One caller's interest in a channel's end."""
+
+    def __init__(self, listener: Listener, channel_id: int) -> None:
+        self.event = threading.Event()
+        self._listener = listener
+        self._watch = Watch(channel_id, POSITION_MAX, self.event.set)
+        with listener.changed:
+            listener.hub.watch(self._watch)
+
+    def unfollow(self) -> None:
+        """See Ending."""
+        with self._listener.changed:
+            self._listener.hub.unwatch(self._watch)
+
+
+# ------------------------------------------------------------------------------------------------ small things
+
+
+def translate(error: BaseException, *, writing: bool) -> errors.Error:
+    """The error of the tree for an error of psycopg or of the network."""
+    if isinstance(error, errors.Error):
+        return error
+    if isinstance(error, psycopg.Error):
+        diag = error.diag
+        return db.translate(error.sqlstate, diag.message_primary or "", diag.message_hint, writing=writing)
+    return db.translate(None, "", None, writing=writing)
+
+
+def _refused(error: psycopg.OperationalError) -> errors.Error:
+    """Why there is no connection. libpq gives no SQLSTATE for it, only text."""
+    text = str(error)
+    if isinstance(error, psycopg.errors.ConnectionTimeout) or "FATAL:" not in text or any(s in text for s in _NOT_READY):
+        return errors.Unavailable("the database cannot be reached")
+    return errors.UnsafeDeployment("the server refused this user, password or database; check the DSN")

@@ -1,0 +1,348 @@
+"""The blocking door: Client, its channels and its runs, on psycopg.
+
+The same as aio.py without `async` and `await`: each method steps the same coroutine to its end over a Db that blocks.
+test_house compares the two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pgchan import callers, channels, errors, names, runs, sql
+from pgchan.channels import Tail
+from pgchan.codec import encode
+from pgchan.db import drive
+from pgchan.dsn import resolve, resolve_control
+from pgchan.model import ChannelInfo, Message, Page, RunStatus
+from pgchan.psycopg_db import PsycopgDb
+from pgchan.workflows import Workflow
+
+POOL_SIZE = 5  # connections for statements, beside one that writes and one that listens
+PATIENCE_SECONDS = 30.0
+
+
+class Client:
+    """One database, for code that blocks. Connects on first use; `with` or `close()` closes.
+
+    dsn: default $PGCHAN_DSN, then $DATABASE_URL. control_dsn: a direct connection for LISTEN and locks where dsn goes
+    through a transaction pooler; default $PGCHAN_CONTROL_DSN. timeout: seconds for which a call is retried while the
+    database cannot be reached. pool_size: connections for statements; up to two more write and listen.
+    May be shared by threads; belongs to the process in which it was made.
+    Raises InvalidInput (the DSN); at first use UnsafeDeployment, SchemaMismatch, Unavailable.
+    """
+
+    def __init__(
+        self, dsn: str | None = None, *, control_dsn: str | None = None, timeout: float = PATIENCE_SECONDS,
+        pool_size: int = POOL_SIZE, name: str = "pgchan",
+    ) -> None:  # fmt: skip
+        self.dsn = resolve(dsn)
+        self.control_dsn = resolve_control(control_dsn, dsn)
+        self._db = PsycopgDb(
+            self.dsn, self.control_dsn if self.control_dsn != self.dsn else None, patience=names.check_seconds(timeout, "timeout", 0.001),
+            pool_size=names.check_integer(pool_size, "pool_size", 1, 1000), name=names.check_label(name, "name")[:40],
+        )  # fmt: skip
+        self._pid = os.getpid()
+        self._closed = False
+
+    def __enter__(self) -> Client:
+        self._use().open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Send what waits to be written, then close all connections. The client cannot be used afterwards."""
+        if not self._closed:
+            self._closed = True
+            self._db.close()
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counts since the client was made: batches written, their entries, reads of moved channels, other statements."""
+        return self._db.stats
+
+    @property
+    def health(self) -> str:
+        """How the process hears of news: "idle", "connecting", "listening" or "closed"."""
+        return self._db.listener.state
+
+    def _use(self) -> PsycopgDb:
+        if self._closed:
+            raise errors.InvalidInput("this client is closed; make a new one")
+        if os.getpid() != self._pid:
+            raise errors.InvalidInput("this client was made before a fork; make one in each process")
+        with contextlib.suppress(RuntimeError):
+            asyncio.get_running_loop()
+            raise errors.InvalidInput("pgchan.Client blocks and would stop this event loop; use pgchan.AsyncClient")
+        return self._db
+
+    # -- channels
+
+    def channel(self, name: str) -> Channel:
+        """The channel of this name. No I/O; it comes into being with its first message, or by create()."""
+        return Channel(self, names.check_name(name))
+
+    def channels(self, *, prefix: str = "", limit: int = 100, after: str = "") -> list[ChannelInfo]:
+        """Channels whose name begins with `prefix`, in order of name; after: the last name of the page before."""
+        return drive(channels.listing(self._use(), after=after, prefix=prefix, limit=limit))
+
+    # -- runs
+
+    def start(
+        self, workflow: Workflow[Any, Any] | str, /, *args: Any, id: str | None = None, queue: str | None = None,
+        priority: int = 0, delay: float | None = None, timeout: float | None = None, connection: Any = None,
+        **kwargs: Any,
+    ) -> RunHandle:  # fmt: skip
+        """Start a run of a workflow, given as the function or by name, and return its handle.
+
+        Idempotent by id: starting an id again returns the same run. args, kwargs: JSON values, converted to the
+        function's annotations. priority: higher first. delay: seconds before it may begin. timeout: seconds after
+        which it fails. connection: part of its open transaction; the run exists if and when that commits.
+        Raises InvalidInput, RunConflict (the id was started with something else), ChannelClosed, Unavailable, Indefinite.
+        Source: routine pgchan.enqueue.
+        """
+        db = self._use()
+        values = runs.start_arguments(
+            workflow, args, kwargs, id=id, queue=queue, priority=priority, delay=delay, timeout=timeout
+        )
+        if connection is not None:
+            (row,) = drive(callers.fetch(callers.blocking(connection), sql.ENQUEUE_IN, *values))
+        else:
+            row = _start(db, values, keyed=id is not None)
+        return RunHandle(self, values[0], created=runs.started(values[0], row[0]))
+
+    def run(self, id: str) -> RunHandle:
+        """The handle of a run. No I/O."""
+        return RunHandle(self, names.check_run(id))
+
+    def runs(
+        self, *, state: str | None = None, workflow: str | None = None, queue: str | None = None, limit: int = 100,
+        after: str | None = None,
+    ) -> list[RunStatus]:  # fmt: skip
+        """Runs, newest first, filtered; after: the id of the last run of the page before."""
+        return drive(runs.listing(
+            self._use(), state=state, workflow=workflow, queue=queue, limit=limit, after=after
+        ))  # fmt: skip
+
+
+class Channel:
+    """A named, durable sequence of messages: positions 1, 2, 3… in commit order. Made by `client.channel(name)`."""
+
+    def __init__(self, client: Client, name: str) -> None:
+        self._client = client
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"<channel {self.name}>"
+
+    def publish(self, body: Any, *, key: str | None = None, connection: Any = None) -> Message:
+        """Append `body` to this channel and return the stored message, durable unless `connection` is given.
+
+        Positions are 1, 2, 3… in commit order, without gaps. With `key` a repeat stores nothing and returns the
+        first message, so a lost reply can be retried; without it a retry appends twice.
+
+        body: any JSON value, at most BODY_BYTES_MAX bytes encoded; str or bytes on channels of other types.
+        connection: of asyncpg, psycopg or SQLAlchemy: part of its open transaction, visible and announced if and when
+        that commits; the channel takes no other publisher until then.
+        Raises InvalidInput, ChannelClosed, IdempotencyConflict, Unavailable, Indefinite.
+        Source: routine pgchan.append.
+        """
+        db = self._client._use()
+        if connection is None:
+            return drive(channels.publish(db, self.name, body, key=key))
+        return (self.publish_many([body], keys=[key], connection=connection))[0]
+
+    def publish_many(
+        self, bodies: Sequence[Any], *, keys: Sequence[str | None] | None = None, connection: Any = None
+    ) -> list[Message]:
+        """Append several bodies, all or nothing, and return the stored messages in order. One transaction.
+
+        Otherwise as publish. Up to 1,000 bodies and 4 MiB take one round trip.
+        """
+        return drive(
+            channels.publish_many(
+                self._client._use(), self.name, bodies, channels.check_batch(bodies, keys), callers.blocking(connection)
+            )
+        )
+
+    def read(self, *, after: int | str = 0, limit: int = 100, view: str = "final") -> list[Message]:
+        """The messages behind `after`, at most `limit`; never waits.
+
+        after: a position, a cursor, or "now". view: "final" leaves out void output of runs, "raw" has everything.
+        Raises InvalidInput, HistoryLost, Trimmed.
+        """
+        return (self.page(after=after, limit=limit, view=view)).messages
+
+    def page(self, *, after: int | str = 0, limit: int = 100, view: str = "final") -> Page:
+        """As read, with the cursor of the last position considered, and the channel's head and state."""
+        return drive(channels.page(self._client._use(), self.name, after=after, limit=limit, view=view))
+
+    def tail(self, *, after: int | str = 0, view: str = "final") -> ChannelTail:
+        """The messages behind `after`, and those to come, for `for`; ends when the channel is closed and all was read.
+
+        A lost connection is not seen: the tail reconnects and goes on exactly behind the last message it gave.
+        Raises InvalidInput, HistoryLost, Trimmed, UnsafeDeployment.
+        """
+        return ChannelTail(self._client, Tail(self._client._db, self.name, after=after, view=view))
+
+    def info(self) -> ChannelInfo:
+        """The channel's state. Raises ChannelNotFound."""
+        return drive(channels.info(self._client._use(), self.name))
+
+    def create(self, content_type: str = "application/json", ttl: float | None = None) -> None:
+        """Create the channel, unless it exists. ttl: seconds after which it may be removed, with all messages.
+
+        Raises InvalidInput if it exists with another content type.
+        """
+        drive(channels.create(self._client._use(), self.name, content_type, ttl))
+
+    def close(self) -> None:
+        """Let the channel take no more messages; its readers end when they have read all. Closing again does nothing.
+
+        Raises ChannelNotFound; InvalidInput on the channel of a run that has not ended.
+        """
+        drive(channels.close(self._client._use(), self.name))
+
+    def trim(self, before: int) -> None:
+        """Remove the messages before a position. Raises ChannelNotFound, InvalidInput past the head plus one."""
+        drive(channels.trim(self._client._use(), self.name, before))
+
+    def delete(self) -> None:
+        """Delete the channel with its messages; readers that had read some are told HistoryLost. Raises ChannelNotFound."""
+        drive(channels.delete(self._client._use(), self.name))
+
+
+class ChannelTail:
+    """An endless reader, for `for`; `with` or unfollow() ends it early. pages() gives all there is at once."""
+
+    def __init__(self, client: Client, tail: Tail) -> None:
+        self._client = client
+        self._tail = tail
+        self._page: list[Message] = []
+
+    @property
+    def cursor(self) -> str | None:
+        """Where this reader stands: pass it as `after=` to go on later."""
+        return self._tail.cursor
+
+    def __iter__(self) -> ChannelTail:
+        return self
+
+    def __next__(self) -> Message:
+        while not self._page:
+            found = self.next_page()
+            if found is None:
+                raise StopIteration
+            self._page = found[::-1]
+        return self._page.pop()
+
+    def next_page(self, wait: float = channels.WAIT_SECONDS) -> list[Message] | None:
+        """All that has come, at least one message unless `wait` seconds are over; None at the channel's end."""
+        self._client._use()
+        try:
+            found = drive(self._tail.next(wait))
+        except errors.Reset:
+            self.unfollow()
+            raise
+        if found is None:
+            self.unfollow()
+        return found
+
+    def pages(self) -> Iterator[list[Message]]:
+        """Page by page, until the channel's end."""
+        while (found := self.next_page()) is not None:
+            if found:
+                yield found
+
+    def unfollow(self) -> None:
+        """Stop hearing of the channel."""
+        self._tail.unfollow()
+
+    def __enter__(self) -> ChannelTail:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unfollow()
+
+    def __del__(self) -> None:
+        self._tail.unfollow()
+
+
+class RunHandle:
+    """A run seen from outside. Made by `client.start(…)` and `client.run(id)`.
+
+    channel: what the run says and is told. created: whether this start began it (False: it had been started before).
+    """
+
+    def __init__(self, client: Client, id: str, *, created: bool = False) -> None:
+        self._client = client
+        self.id = id
+        self.created = created
+        self.channel = Channel(client, id)
+
+    def __repr__(self) -> str:
+        return f"<run {self.id}>"
+
+    def status(self) -> RunStatus:
+        """The run's state now. Raises RunNotFound."""
+        return drive(runs.status(self._client._use(), self.id))
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the run's end and return its result. timeout: seconds to wait.
+
+        Raises RunFailed, RunCancelled, RunNotFound, TimeoutError (the run goes on).
+        """
+        return drive(runs.result(self._client._use(), self.id, timeout))
+
+    def signal(self, body: Any, *, key: str | None = None, connection: Any = None) -> Message:
+        """Send the run a message, durable when this returns, and wake it if it waits.
+
+        The run consumes signals in order, each once; a `consumed` control message on its channel names the step that
+        did. Signals that it did not consume are named `missed` when it ends. key, connection: as in publish.
+        Raises InvalidInput, RunNotFound, ChannelClosed (the run has ended), IdempotencyConflict, Unavailable, Indefinite.
+        Source: routine pgchan.deliver.
+        """
+        raw, key = encode(body), names.check_key(key)
+        if connection is not None:
+            (row,) = drive(callers.fetch(callers.blocking(connection), sql.DELIVER_IN, self.id, raw, key))
+        else:
+            row = drive(self._client._use().call(sql.DELIVER, self.id, raw, key))
+        return runs.signalled(self.id, raw, key, row)
+
+    def cancel(self) -> bool:
+        """Cancel the run: when this returns nothing more is recorded for it. False if it had ended. Raises RunNotFound."""
+        return drive(runs.cancel(self._client._use(), self.id))
+
+    def resume(self) -> None:
+        """Put a failed run back into its queue; recorded steps are not executed again.
+
+        Raises RunNotFound; InvalidInput unless it has failed.
+        """
+        drive(runs.resume(self._client._use(), self.id))
+
+    def tail(self, *, after: int | str = 0, view: str = "final") -> ChannelTail:
+        """What the run says, as channel.tail; ends when the run has ended."""
+        return self.channel.tail(after=after, view=view)
+
+    def journal(self) -> list[Message]:
+        """The recorded results in order: `.key` is the step's name, `.body` its result. Raises RunNotFound."""
+        return drive(runs.journal(self._client._use(), self.id))
+
+    def delete(self) -> None:
+        """Delete a run that has ended, with its channel and journal. Raises RunNotFound, InvalidInput."""
+        drive(channels.delete(self._client._use(), self.id, run=True))
+
+
+def _start(db: PsycopgDb, values: tuple[Any, ...], *, keyed: bool) -> Any:
+    """Enqueue; the id is the key, so a lost answer is asked for again."""
+    try:
+        return drive(db.call(sql.ENQUEUE, *values))
+    except errors.Indefinite:
+        row = drive(db.call(sql.ENQUEUE, *values))
+        # Without an id of the caller's own nobody else can have started this run.
+        return row if keyed or row[0] != "existed" else ("started", row[1])
