@@ -40,7 +40,8 @@ class AsyncClient:
         self.dsn = resolve(dsn)
         self.control_dsn = resolve_control(control_dsn, dsn)
         self._db = AsyncpgDb(
-            self.dsn, self.control_dsn if self.control_dsn != self.dsn else None, patience=names.check_seconds(timeout, "timeout", 0.001),
+            self.dsn, self.control_dsn if self.control_dsn != self.dsn else None,
+            patience=names.check_seconds(timeout, "timeout", 0.001),
             pool_size=names.check_integer(pool_size, "pool_size", 1, 1000), name=names.check_label(name, "name")[:40],
         )  # fmt: skip
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -62,7 +63,7 @@ class AsyncClient:
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counts since the client was made: batches written, their entries, reads of moved channels, other statements."""
+        """Counts since the client was made: batches written, their entries, reads of moved channels, statements."""
         return self._db.stats
 
     @property
@@ -104,7 +105,7 @@ class AsyncClient:
         Idempotent by id: starting an id again returns the same run. args, kwargs: JSON values, converted to the
         function's annotations. priority: higher first. delay: seconds before it may begin. timeout: seconds after
         which it fails. connection: part of its open transaction; the run exists if and when that commits.
-        Raises InvalidInput, RunConflict (the id was started with something else), ChannelClosed, Unavailable, Indefinite.
+        Raises InvalidInput, RunConflict (the id was used for something else), ChannelClosed, Unavailable, Indefinite.
         Source: routine pgchan.enqueue.
         """
         db = self._use()
@@ -182,7 +183,7 @@ class AsyncChannel:
         return await channels.page(self._client._use(), self.name, after=after, limit=limit, view=view)
 
     def tail(self, *, after: int | str = 0, view: str = "final") -> AsyncTail:
-        """The messages behind `after`, and those to come, for `async for`; ends when the channel is closed and all was read.
+        """The messages behind `after` and those to come, for `async for`; ends when the channel is closed and all read.
 
         A lost connection is not seen: the tail reconnects and goes on exactly behind the last message it gave.
         Raises InvalidInput, HistoryLost, Trimmed, UnsafeDeployment.
@@ -212,12 +213,12 @@ class AsyncChannel:
         await channels.trim(self._client._use(), self.name, before)
 
     async def delete(self) -> None:
-        """Delete the channel with its messages; readers that had read some are told HistoryLost. Raises ChannelNotFound."""
+        """Delete the channel with its messages; its readers are told HistoryLost. Raises ChannelNotFound."""
         await channels.delete(self._client._use(), self.name)
 
 
 class AsyncTail:
-    """An endless reader, for `async for`; `async with` or unfollow() ends it early. pages() gives all there is at once."""
+    """An endless reader, for `async for`; `async with` or unfollow() ends it early. pages() gives all there is."""
 
     def __init__(self, client: AsyncClient, tail: Tail) -> None:
         self._client = client
@@ -305,7 +306,7 @@ class AsyncRunHandle:
 
         The run consumes signals in order, each once; a `consumed` control message on its channel names the step that
         did. Signals that it did not consume are named `missed` when it ends. key, connection: as in publish.
-        Raises InvalidInput, RunNotFound, ChannelClosed (the run has ended), IdempotencyConflict, Unavailable, Indefinite.
+        Raises InvalidInput, RunNotFound, ChannelClosed (it has ended), IdempotencyConflict, Unavailable, Indefinite.
         Source: routine pgchan.deliver.
         """
         raw, key = encode(body), names.check_key(key)
@@ -316,7 +317,7 @@ class AsyncRunHandle:
         return runs.signalled(self.id, raw, key, row)
 
     async def cancel(self) -> bool:
-        """Cancel the run: when this returns nothing more is recorded for it. False if it had ended. Raises RunNotFound."""
+        """Cancel the run: from here on nothing is recorded for it. False if it had ended. Raises RunNotFound."""
         return await runs.cancel(self._client._use(), self.id)
 
     async def resume(self) -> None:

@@ -337,7 +337,8 @@ class Writer:
         self._room = asyncio.Event()
         self._room.set()
         self._busy = False
-        self.heads: dict[int, int] = {}  # of channels that a run in this process owns: the last position it wrote or saw
+        # Of channels that a run in this process owns: the last position that it wrote or saw.
+        self.heads: dict[int, int] = {}
         self.on_written: Callable[[int, int, int], None] | None = None  # channel, head before, head after
 
     async def room(self) -> None:
@@ -361,7 +362,7 @@ class Writer:
         try:
             async with asyncio.timeout(self._db.patience):
                 while (len(self._waiting) or self._busy) and not self._task.done():
-                    await asyncio.sleep(0.005)
+                    await asyncio.sleep(0.005)  # noqa: ASYNC110 - once in a client's life
         except TimeoutError:
             pass
         self._task.cancel()
@@ -754,7 +755,7 @@ async def _close(connection: Connection) -> None:
 
 
 def _keep_alive(connection: Connection) -> None:
-    """Notice a dead network in about five seconds. asyncpg has no option for it, so this reaches for its socket; without
+    """Notice a dead network in about five seconds. asyncpg has no option for it, so this takes its socket; without
     one (another version, a Unix socket) the timeouts above remain."""
     transport = getattr(connection, "_transport", None)
     raw = transport.get_extra_info("socket") if transport is not None else None

@@ -32,7 +32,7 @@ from pgchan import codec, errors, sql
 from pgchan.channels import refusal, row_message
 from pgchan.db import STORED, Entry, Outcome, Row
 from pgchan.journal import Journal, Recorded, describe_error
-from pgchan.model import CONTROL, MESSAGE, Message
+from pgchan.model import CONTROL, MESSAGE, SIGNAL, Message
 from pgchan.points import point
 from pgchan.wakeups import Watch
 
@@ -179,7 +179,8 @@ class Attempt:
         )  # fmt: skip
 
     def note(
-        self, body: bytes, *, kind: int = CONTROL, key: str | None = None, step: str | None = None, number: int | None = None
+        self, body: bytes, *, kind: int = CONTROL, key: str | None = None, step: str | None = None,
+        number: int | None = None,
     ) -> Entry:
         """An entry for the journal."""
         c = self.claimed
@@ -261,7 +262,8 @@ class Attempt:
         if name in self._spoken:
             await self.flushed()
             rows = await self.db.fetch(
-                sql.PREVIOUS, self.claimed.channel_id, self.claimed.speaks_from, name, step.number, PREVIOUS_MESSAGES_MAX
+                sql.PREVIOUS, self.claimed.channel_id, self.claimed.speaks_from, name, step.number,
+                PREVIOUS_MESSAGES_MAX,
             )
             step.earlier = [row_message(self.claimed.run, codec.JSON, row) for row in rows]
         return step
@@ -313,7 +315,7 @@ class Attempt:
         )  # fmt: skip
 
     def result_entries(self, step: StepContext, word: str, body: bytes) -> list[Entry]:
-        """What is written when a try ends the step: a reset if it is still owed, the signals it consumed, the record."""
+        """What is written when a try ends the step: a reset if it is owed, the signals it consumed, the record."""
         entries: list[Entry] = []
         if word == "result" and (reset := self.reset_entry(step)) is not None:
             entries.append(reset)
@@ -376,7 +378,8 @@ class Attempt:
             if position is not None and position > self.seen:
                 self.seen = position
                 insort(self._signals, position)
-                self._pending.append(row_message(self.claimed.run, codec.JSON, (position, at, 1, key, None, None, None, body)))
+                row = (position, at, SIGNAL, key, None, None, None, body)
+                self._pending.append(row_message(self.claimed.run, codec.JSON, row))
         self.offer()
 
     def offer(self) -> None:

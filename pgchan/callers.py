@@ -53,9 +53,9 @@ async def fetch(connection: Any, statement: str, *args: object) -> list[Row]:
 
 def blocking(connection: Any) -> Any:
     """The connection, unless only async code can use it."""
-    module = type(connection).__module__
-    if module.startswith("asyncpg") or "Async" in type(connection).__name__ or "async_scoped" in type(connection).__name__:
-        raise InvalidInput(f"a {type(connection).__name__} needs an event loop; use it with pgchan.AsyncClient")
+    kind = type(connection)
+    if kind.__module__.startswith("asyncpg") or "async" in kind.__name__.lower():
+        raise InvalidInput(f"a {kind.__name__} needs an event loop; use it with pgchan.AsyncClient")
     return connection
 
 
@@ -98,7 +98,7 @@ async def _sqlalchemy(connection: Any, statement: str, args: tuple[object, ...])
     elif isinstance(connection, Session):
         connection = connection.connection()
     if not hasattr(connection, "exec_driver_sql"):
-        raise InvalidInput(f"connection must be a Session or Connection of SQLAlchemy, not a {type(connection).__name__}")
+        raise InvalidInput(f"connection must be a Session or Connection, not a {type(connection).__name__}")
     if connection.dialect.name != "postgresql":
         raise InvalidInput(f"connection must be to PostgreSQL, not {connection.dialect.name}")
     # The driver's own parameter style, past SQLAlchemy's, which would parse the statement and guess types.

@@ -111,8 +111,8 @@ def stored_message(entry: Entry, outcome: Outcome) -> Message:
         raise refusal(entry, outcome)
     assert outcome.position is not None and outcome.at is not None
     return Message(
-        entry.name, outcome.position, outcome.at.astimezone(UTC), KINDS[entry.kind], entry.body, public_key(entry.key), entry.step,
-        entry.attempt, entry.content_type, entry.void_from,
+        entry.name, outcome.position, outcome.at.astimezone(UTC), KINDS[entry.kind], entry.body, public_key(entry.key),
+        entry.step, entry.attempt, entry.content_type, entry.void_from,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ traceback, SQL or DSN; PGCHAN_DEBUG=1 shows the traceback of a fault in pgchan i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -200,9 +201,10 @@ def publish(dsn: str | None, as_json: bool, channel: str, body: str, key: str | 
     """Publish BODY and print its position; "-" or nothing: one message for each line of the standard input."""
     if body == "-" and key is not None:
         raise InvalidInput("--key names one message; give its BODY as an argument")
+    bodies = console.read_bodies(sys.stdin.buffer, text) if body == "-" else [console.parse_body(body, text)]
     with _client(dsn) as client:
         bound = client.channel(channel)
-        for value in console.read_bodies(sys.stdin.buffer, text) if body == "-" else [console.parse_body(body, text)]:
+        for value in bodies:
             message = bound.publish(value, key=key)
             print(message.to_json().decode() if as_json else message.position, flush=True)
 
@@ -329,10 +331,11 @@ def _timeline(journal: Iterable[Any], started_at: datetime | None) -> Iterator[d
         }  # fmt: skip
 
 
-def _client(dsn: str | None) -> Client:
+def _client(dsn: str | None) -> contextlib.closing[Client]:
+    """A client that connects on first use, so that what is wrong with the input is said first."""
     from pgchan import Client
 
-    return Client(dsn)
+    return contextlib.closing(Client(dsn))
 
 
 if __name__ == "__main__":

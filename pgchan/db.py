@@ -188,7 +188,7 @@ def check_deployment(row: Row) -> None:
 
     Raises UnsafeDeployment, SchemaMismatch (not migrated).
     """
-    number, encoding, fsync, full_page_writes, read_only, standby, _pid, migrated, database, user = row
+    number, encoding, fsync, full_page_writes, read_only, standby, _pid, migrated, database, _user = row
     if number < _OLDEST_SERVER:
         raise errors.UnsafeDeployment(
             f"PostgreSQL {number // 10_000} is too old; pgchan needs 14 or newer: upgrade the server"

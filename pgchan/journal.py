@@ -33,8 +33,11 @@ class Recorded:
 
 @dataclass(slots=True)
 class Tries:
-    """What is known of a step that has not ended. last: the highest attempt; failures: how many failed; pause: seconds to
-    wait after the last of them; failed_at: when that was."""
+    """What is known of a step that has not ended.
+
+    last: the highest attempt. failures: how many failed. pause: seconds to wait after the last failure. failed_at: when
+    that was.
+    """
 
     last: int = 0
     failures: int = 0

@@ -30,10 +30,10 @@ black hole lasts. This spares work and outside effects; what protects the data i
 
 What each fault does: SIGKILL frees the lock in milliseconds and the runs after the grace. SIGSTOP, or a proxy that
 forwards nothing: after the lease and the grace. Packets that are dropped: after half a lease, when TCP's keepalives on
-the server's side give up, and the grace; that may be a moment before the worker's own deadline. A cut connection, a restarted server: nothing, if the worker is
-back within the grace. A path that dies under the connection while others work: the worker ends its own forgotten
-session, which may hold the lock for a lease yet, and takes the lock back. A watcher that dies as it is granted: its
-session ends, the lock is free again, the next one looks.
+the server's side give up, and the grace; that may be a moment before the worker's own deadline. A cut connection, a
+restarted server: nothing, if the worker is back within the grace. A path that dies under the connection while others
+work: the worker ends its own forgotten session, which may hold the lock for a lease yet, and takes the lock back. A
+watcher that dies as it is granted: its session ends, the lock is free again, the next one looks.
 
 Every wait has a time limit of the client's own and ends when `stop` is called: see session.py.
 """

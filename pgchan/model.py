@@ -156,7 +156,7 @@ class RunStatus:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """How often a failing step is tried, and when: the n-th retry after delay × backoff^(n-1) seconds, at most max_delay.
+    """How often a failing step is tried, and when: the n-th retry after delay × backoff^(n-1) s, at most max_delay.
 
     only: the exception types worth another try; others fail the step at once.
     """

@@ -632,6 +632,7 @@ def translate(error: BaseException, *, writing: bool) -> errors.Error:
 def _refused(error: psycopg.OperationalError) -> errors.Error:
     """Why there is no connection. libpq gives no SQLSTATE for it, only text."""
     text = str(error)
-    if isinstance(error, psycopg.errors.ConnectionTimeout) or "FATAL:" not in text or any(s in text for s in _NOT_READY):
+    timed_out = isinstance(error, psycopg.errors.ConnectionTimeout)
+    if timed_out or "FATAL:" not in text or any(words in text for words in _NOT_READY):
         return errors.Unavailable("the database cannot be reached")
     return errors.UnsafeDeployment("the server refused this user, password or database; check the DSN")

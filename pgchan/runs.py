@@ -69,12 +69,10 @@ async def listing(
     """Runs, newest first; see AsyncClient.runs."""
     if state is not None and state not in STATES:
         raise errors.InvalidInput(f"state must be one of {', '.join(STATES)}, not {state!r}")
-    return [
-        row_status(row)
-        for row in await db.fetch(
-            sql.RUNS, state, workflow, queue, names.check_limit(limit), None if after is None else names.check_name(after)
-        )
-    ]
+    if after is not None:
+        names.check_name(after, "after")
+    rows = await db.fetch(sql.RUNS, state, workflow, queue, names.check_limit(limit), after)
+    return [row_status(row) for row in rows]
 
 
 async def result(db: Db, run: str, timeout: float | None) -> Any:

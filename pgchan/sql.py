@@ -35,8 +35,8 @@ from pgchan.append($1::bigint[], $2::text[], $3::text[], $4::bigint[], $5::bigin
 
 WAKE = "select pgchan.wake($1::bigint[], $2::bigint[], $3::boolean, $4::text[])"
 
-# Which of the messages that an owner wrote lie behind a position: tells after a lost answer whether the batch committed.
-# Only the owner of a run writes messages with a step, or with a key of pgchan's own, to its channel.
+# What an owner wrote behind a position: tells after a lost answer whether the batch committed. Only the owner of a run
+# writes messages with a step, or with a key of pgchan's own, to its channel.
 WRITTEN_SINCE = """
 select m."position", m.at from pgchan.messages m
 where m.channel_id = $1::bigint and m."position" > $2::bigint
@@ -55,7 +55,9 @@ select pg_backend_pid(), (select a.backend_start from pg_stat_activity a where a
 
 # ------------------------------------------------------------------------------------------------ channels
 
-CREATE_CHANNEL = "select c.content_type, c.created from pgchan.create_channel($1::text, $2::text, $3::double precision) c"
+CREATE_CHANNEL = """
+select c.content_type, c.created from pgchan.create_channel($1::text, $2::text, $3::double precision) c
+"""
 CLOSE_CHANNEL = "select pgchan.close_channel($1::text)"
 TRIM_CHANNEL = "select pgchan.trim_channel($1::text, $2::bigint)"
 DELETE_CHANNEL = "select pgchan.delete_channel($1::text)"
@@ -162,10 +164,12 @@ select s.id, s.workflow, s.queue, s.priority, s.state, s.attempt, s.worker, s.st
 from pgchan.run_status s where s.id = $1::text
 """
 RUN_RESULT = """
-select r.channel_id, r.state, r.result, r.error from pgchan.channels c join pgchan.runs r on r.channel_id = c.id where c.name = $1::text
+select r.channel_id, r.state, r.result, r.error
+from pgchan.channels c join pgchan.runs r on r.channel_id = c.id where c.name = $1::text
 """
 RUN_JOURNAL = """
-select j.name from pgchan.channels c join pgchan.runs r on r.channel_id = c.id join pgchan.channels j on j.id = r.journal_id
+select j.name
+from pgchan.channels c join pgchan.runs r on r.channel_id = c.id join pgchan.channels j on j.id = r.journal_id
 where c.name = $1::text
 """
 # Newest first. `after` is the id of the last run of the page before; $5 null: from the newest.
@@ -175,15 +179,16 @@ select s.id, s.workflow, s.queue, s.priority, s.state, s.attempt, s.worker, s.st
 from pgchan.run_status s
 where ($1::text is null or s.state = $1::text) and ($2::text is null or s.workflow = $2::text)
   and ($3::text is null or s.queue = $3::text)
-  and ($5::text is null or (s.created_at, s.id) < (select a.created_at, a.id from pgchan.run_status a where a.id = $5::text))
+  and ($5::text is null
+       or (s.created_at, s.id) < (select a.created_at, a.id from pgchan.run_status a where a.id = $5::text))
 order by s.created_at desc, s.id desc limit $4::integer
 """
 
 # ------------------------------------------------------------------------------------------------ runs, by a worker
 
 CLAIM = """
-select c.channel_id, c.run, c.journal_id, c.workflow, c.input, c.attempt, c.epoch, c.speaks_from, c.deadline, h.head, j.head,
-       clock_timestamp()
+select c.channel_id, c.run, c.journal_id, c.workflow, c.input, c.attempt, c.epoch, c.speaks_from, c.deadline,
+       h.head, j.head, clock_timestamp()
 from pgchan.claim($1::integer, $2::text[], $3::text[], $4::integer) c
 join pgchan.channels h on h.id = c.channel_id join pgchan.channels j on j.id = c.journal_id
 """
@@ -234,7 +239,8 @@ SUSPEND = "select pgchan.suspend($1::bigint, $2::bigint, $3::timestamptz, $4::bi
 RELEASE = "select pgchan.release($1::integer, $2::bigint[])"
 # Which runs this worker still owns, by the database's word.
 HELD = """
-select r.channel_id, c.epoch from pgchan.runs r join pgchan.channels c on c.id = r.channel_id where r.worker = $1::integer
+select r.channel_id, c.epoch
+from pgchan.runs r join pgchan.channels c on c.id = r.channel_id where r.worker = $1::integer
 """
 WORKERS = "select w.id, w.name, w.host, w.pid, w.started_at, w.runs from pgchan.worker_status w order by w.id"
 QUEUE_NUMBERS = "select q.name, hashtext(q.name) from unnest($1::text[]) q (name)"

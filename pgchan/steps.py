@@ -294,8 +294,8 @@ class Run:
     # -- transactions
 
     def transaction(self, name: str) -> Transaction:
-        """`async with run.transaction("reserve") as connection:` an asyncpg connection in a transaction that commits the
-        user's writes, this step's record and what is published inside, once.
+        """`async with run.transaction("reserve") as connection:` an asyncpg connection, in a transaction that commits
+        the user's writes, this step's record and what is published inside, once.
 
         When it is recorded the block is passed over: it ends at its first use of the connection or the run. So what
         the block computes must not be used behind it, but for `.result` of the object that this returns, a JSON value.
@@ -425,9 +425,7 @@ class _Call:
         self._kwargs = kwargs
         self._timeout = timeout
         self._interruptible = interruptible
-        self._is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-            getattr(function, "__call__", None)
-        )  # fmt: skip
+        self._is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
     async def run(self, step: StepContext) -> Any:
         """One try; its value."""

@@ -42,7 +42,8 @@ class Client:
         self.dsn = resolve(dsn)
         self.control_dsn = resolve_control(control_dsn, dsn)
         self._db = PsycopgDb(
-            self.dsn, self.control_dsn if self.control_dsn != self.dsn else None, patience=names.check_seconds(timeout, "timeout", 0.001),
+            self.dsn, self.control_dsn if self.control_dsn != self.dsn else None,
+            patience=names.check_seconds(timeout, "timeout", 0.001),
             pool_size=names.check_integer(pool_size, "pool_size", 1, 1000), name=names.check_label(name, "name")[:40],
         )  # fmt: skip
         self._pid = os.getpid()
@@ -63,7 +64,7 @@ class Client:
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counts since the client was made: batches written, their entries, reads of moved channels, other statements."""
+        """Counts since the client was made: batches written, their entries, reads of moved channels, statements."""
         return self._db.stats
 
     @property
@@ -103,7 +104,7 @@ class Client:
         Idempotent by id: starting an id again returns the same run. args, kwargs: JSON values, converted to the
         function's annotations. priority: higher first. delay: seconds before it may begin. timeout: seconds after
         which it fails. connection: part of its open transaction; the run exists if and when that commits.
-        Raises InvalidInput, RunConflict (the id was started with something else), ChannelClosed, Unavailable, Indefinite.
+        Raises InvalidInput, RunConflict (the id was used for something else), ChannelClosed, Unavailable, Indefinite.
         Source: routine pgchan.enqueue.
         """
         db = self._use()
@@ -213,7 +214,7 @@ class Channel:
         drive(channels.trim(self._client._use(), self.name, before))
 
     def delete(self) -> None:
-        """Delete the channel with its messages; readers that had read some are told HistoryLost. Raises ChannelNotFound."""
+        """Delete the channel with its messages; its readers are told HistoryLost. Raises ChannelNotFound."""
         drive(channels.delete(self._client._use(), self.name))
 
 
@@ -304,7 +305,7 @@ class RunHandle:
 
         The run consumes signals in order, each once; a `consumed` control message on its channel names the step that
         did. Signals that it did not consume are named `missed` when it ends. key, connection: as in publish.
-        Raises InvalidInput, RunNotFound, ChannelClosed (the run has ended), IdempotencyConflict, Unavailable, Indefinite.
+        Raises InvalidInput, RunNotFound, ChannelClosed (it has ended), IdempotencyConflict, Unavailable, Indefinite.
         Source: routine pgchan.deliver.
         """
         raw, key = encode(body), names.check_key(key)
@@ -315,7 +316,7 @@ class RunHandle:
         return runs.signalled(self.id, raw, key, row)
 
     def cancel(self) -> bool:
-        """Cancel the run: when this returns nothing more is recorded for it. False if it had ended. Raises RunNotFound."""
+        """Cancel the run: from here on nothing is recorded for it. False if it had ended. Raises RunNotFound."""
         return drive(runs.cancel(self._client._use(), self.id))
 
     def resume(self) -> None:

@@ -25,7 +25,7 @@ from pgchan.db import Row
 from pgchan.model import Message, microseconds
 
 BUCKETS = 16  # names that are listened to; as many as `wake` in schema.sql spreads over
-LISTEN_NAMES = tuple(f"pgchan_{bucket}" for bucket in range(BUCKETS)) + ("pgchan_new", "pgchan_queue")
+LISTEN_NAMES = (*(f"pgchan_{bucket}" for bucket in range(BUCKETS)), "pgchan_new", "pgchan_queue")
 SWEEP_SECONDS = 1.0  # what a lost wakeup costs at most
 BUFFER_MESSAGES_MAX = 1_000  # per followed channel; with the bytes below it bounds a reader's memory
 BUFFER_BYTES_MAX = 1 << 20

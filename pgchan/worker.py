@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import os
 import signal
@@ -373,8 +374,6 @@ class Worker:
         if attempt.workflow.is_async:
             return await attempt.workflow.fn(run, *bound.args, **bound.kwargs)
         current.set(blocking)
-        import contextvars  # noqa: PLC0415
-
         context = contextvars.copy_context()
         return await loop.run_in_executor(
             self._executor, lambda: context.run(attempt.workflow.fn, blocking, *bound.args, **bound.kwargs)
@@ -384,8 +383,8 @@ class Worker:
         attempt.check()
         if missing := attempt.journal.unreached():
             raise errors.StepMismatch(
-                f"the journal holds {missing[0]!r}, which the workflow no longer reaches; give it back its step of that "
-                f"name and resume the run, or start a new one",
+                f"the journal holds {missing[0]!r}, which the workflow no longer reaches; give it back its step of "
+                f"that name and resume the run, or start a new one",
                 step=missing[0],
             )
         body = codec.encode(value, "the result")
@@ -422,9 +421,8 @@ class Worker:
             while task.cancelling():
                 task.uncancel()
         if attempt.over == "deadline":
-            seconds = (attempt.claimed.deadline - attempt.claimed.now).total_seconds() if attempt.claimed.deadline else 0
             log.info("run %s passed its deadline", attempt.claimed.run)
-            await self._fail(attempt, TimeoutError(f"the run did not end in time ({seconds:.3g} s after it was claimed)"))
+            await self._fail(attempt, TimeoutError(f"the run did not end before {attempt.claimed.deadline}"))
         elif attempt.over is None:
             log.warning("run %s was cut short by %s; it goes back", attempt.claimed.run, type(error).__name__)
             attempt.over = "cut short"

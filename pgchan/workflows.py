@@ -121,7 +121,7 @@ def workflow(fn: Callable[P, R] | None = None, /, **options: Any) -> Any:
 
 
 class Step(Generic[P, R]):
-    """A function with defaults for how it is tried as a step, as `@pgchan.step` makes it. Calling it calls the function."""
+    """A function with defaults for how it is tried as a step, as `@pgchan.step` makes it. Calling it calls it."""
 
     def __init__(
         self, fn: Callable[P, R], *, name: str | None = None, retry: Retry | None = None,
