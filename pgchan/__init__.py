@@ -33,7 +33,7 @@ from pgchan.errors import (
     Unavailable,
     UnsafeDeployment,
 )
-from pgchan.model import ChannelInfo, Message, Page, Retry, RunError, RunStatus
+from pgchan.model import ChannelInfo, Message, Page, Retry, RunError, RunStatus, WorkerInfo
 from pgchan.steps import Child, Run, current_run
 from pgchan.sync import Channel, ChannelTail, Client, RunHandle
 from pgchan.worker import Worker
@@ -82,6 +82,7 @@ __all__ = [
     "Unavailable",
     "UnsafeDeployment",
     "Worker",
+    "WorkerInfo",
     "Workflow",
     "current_run",
     "step",

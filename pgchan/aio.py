@@ -16,7 +16,7 @@ from pgchan.asyncpg_db import AsyncpgDb
 from pgchan.channels import Tail
 from pgchan.codec import encode
 from pgchan.dsn import resolve, resolve_control
-from pgchan.model import ChannelInfo, Message, Page, RunStatus
+from pgchan.model import ChannelInfo, Message, Page, RunStatus, WorkerInfo
 from pgchan.workflows import Workflow
 
 POOL_SIZE = 5  # connections for statements, beside one that writes and one that listens
@@ -24,12 +24,12 @@ PATIENCE_SECONDS = 30.0
 
 
 class AsyncClient:
-    """One database, for async code. Connects on first use; `async with` or `await close()` closes.
+    """One database. Connects on first use; `async with` or `await close()` closes.
 
     dsn: default $PGCHAN_DSN, then $DATABASE_URL. control_dsn: a direct connection for LISTEN and locks where dsn goes
     through a transaction pooler; default $PGCHAN_CONTROL_DSN. timeout: seconds for which a call is retried while the
     database cannot be reached. pool_size: connections for statements; up to two more write and listen.
-    Belongs to the event loop and the process in which it was first used.
+    AsyncClient is for one event loop, Client may be shared by threads; each belongs to the process that made it.
     Raises InvalidInput (the DSN); at first use UnsafeDeployment, SchemaMismatch, Unavailable.
     """
 
@@ -130,6 +130,10 @@ class AsyncClient:
         return await runs.listing(
             self._use(), state=state, workflow=workflow, queue=queue, limit=limit, after=after
         )  # fmt: skip
+
+    async def workers(self) -> list[WorkerInfo]:
+        """The workers that are registered, and how many runs each executes."""
+        return [WorkerInfo(*row) for row in await self._use().fetch(sql.WORKERS)]
 
 
 class AsyncChannel:

@@ -1,4 +1,6 @@
-"""`Db` on asyncpg: a pool for statements, one connection that writes, one that listens. All waiting of the async door.
+"""`Db` on asyncpg: a pool for statements, one connection that writes, one that listens.
+
+Long, because all waiting of the async door is here and nowhere else.
 
 The tasks here are the only ones that pgchan runs on its own account in a client's event loop: `Writer` pumps the
 batches of writer.py, `Listener` the hub of wakeups.py. Both reconnect for ever, with backoff; what they owe to
@@ -130,11 +132,11 @@ class AsyncpgDb:
         first = await self.connect("probe")
         second = await self.connect("probe")
         try:
-            await first.fetchval(sql.TRY_LOCK, LOCK_CLASS + 1, key)
-            got = await second.fetchval(sql.TRY_LOCK, LOCK_CLASS + 1, key)
-            await first.fetchval(sql.UNLOCK, LOCK_CLASS + 1, key)
+            await first.fetchval(sql.PROBE_LOCK, LOCK_CLASS + 1, key)
+            got = await second.fetchval(sql.PROBE_LOCK, LOCK_CLASS + 1, key)
+            await first.fetchval(sql.PROBE_UNLOCK, LOCK_CLASS + 1, key)
             if got:
-                await second.fetchval(sql.UNLOCK, LOCK_CLASS + 1, key)
+                await second.fetchval(sql.PROBE_UNLOCK, LOCK_CLASS + 1, key)
             return not got
         finally:
             await _close(first)
@@ -361,8 +363,8 @@ class Writer:
             return
         try:
             async with asyncio.timeout(self._db.patience):
-                while (len(self._waiting) or self._busy) and not self._task.done():
-                    await asyncio.sleep(0.005)  # noqa: ASYNC110 - once in a client's life
+                while (len(self._waiting) or self._busy) and not self._task.done():  # noqa: ASYNC110 - only at the end
+                    await asyncio.sleep(0.005)
         except TimeoutError:
             pass
         self._task.cancel()

@@ -29,8 +29,8 @@ clock; past it the engine stops its runs. The time of sending counts, because a 
 black hole lasts. This spares work and outside effects; what protects the data is the epoch of each run.
 
 What each fault does: SIGKILL frees the lock in milliseconds and the runs after the grace. SIGSTOP, or a proxy that
-forwards nothing: after the lease and the grace. Packets that are dropped: after half a lease, when TCP's keepalives on
-the server's side give up, and the grace; that may be a moment before the worker's own deadline. A cut connection, a
+forwards nothing: after the lease and the grace. Packets that are dropped: at 0.6 of the lease, when TCP gives up on the
+server's side, and the grace, which must be 0.1 of the lease or more to end behind the deadline. A cut connection, a
 restarted server: nothing, if the worker is back within the grace. A path that dies under the connection while others
 work: the worker ends its own forgotten session, which may hold the lock for a lease yet, and takes the lock back. A
 watcher that dies as it is granted: its session ends, the lock is free again, the next one looks.
@@ -49,49 +49,10 @@ import threading
 import time
 from collections.abc import Callable
 
+from pgchan import sql
 from pgchan.errors import Error, Unavailable, UnsafeDeployment
 from pgchan.points import point
 from pgchan.session import REPLY_SECONDS, STOP_SECONDS, Cut, Refused, Session, Stop, milliseconds
-
-# ------------------------------------------------------------------------------------------------ statements
-
-NEW_WORKER = "select pgchan.new_worker()"
-TRY_LOCK = "select pg_try_advisory_lock(1885823848, $1::integer)"
-UNLOCK_ALL = "select pg_advisory_unlock_all()"
-REGISTER = "select pgchan.register($1::integer, $2::text, $3::text, $4::integer)"
-LEAVE = "select pgchan.leave($1::integer)"
-REAP = "select pgchan.reap($1::integer)"
-
-# The heartbeat, and the question of a worker that returns. Never in one statement with TRY_LOCK: that would look with a
-# snapshot older than the lock and still see the row that a reaper has just deleted. The rest of the key tells a row
-# from that of another worker which was given the same id, after a failover that lost what the sequence had handed out.
-IS_OURS = """
-select w.name = $2::text and w.host = $3::text and w.pid = $4::integer from pgchan.workers w where w.id = $1::integer
-"""
-
-# The sessions of ours that may not know yet that they are cut off. Only one that really holds this lock is ended: after
-# a restart of the server a pid may be anybody's.
-END_FORGOTTEN = """
-select pg_terminate_backend(l.pid) from pg_locks l
-where l.locktype = 'advisory' and l.classid = 1885823848 and l.objid = $1::integer::oid and l.objsubid = 2 and l.granted
-  and l.database = (select d.oid from pg_database d where d.datname = current_database())
-  and l.pid = any ($2::integer[]) and l.pid <> pg_backend_pid()
-"""
-
-# All workers, and whether the session that registered holds the lock. A watcher that was granted it a moment ago does
-# not count: two of them would take each other for the sign of life that they wait for.
-LOOK = """
-select w.id, w.backend_pid, l.pid is not null
-from pgchan.workers w left join pg_locks l
-  on l.locktype = 'advisory' and l.classid = 1885823848 and l.objid = w.id::oid and l.objsubid = 2 and l.granted
-  and l.database = (select d.oid from pg_database d where d.datname = current_database()) and l.pid = w.backend_pid
-"""
-
-# One slice of watching. The setting lasts for this statement, which is a transaction of its own.
-WAIT_FOR_LOCK = """
-select set_config('lock_timeout', $2::text, true), pg_advisory_lock(1885823848, $1::integer)
-"""
-UNLOCK = "select pg_advisory_unlock(1885823848, $1::integer)"
 
 # ------------------------------------------------------------------------------------------------ limits
 
@@ -208,7 +169,7 @@ class Liveness:
             sent = time.monotonic()
             due = sent + HEARTBEAT * self._lease
             try:
-                ours = session.fetch(IS_OURS, self.id, *self._who, seconds=REPLY * self._lease) == [("t",)]
+                ours = session.fetch(sql.IS_OURS, self.id, *self._who, seconds=REPLY * self._lease) == [("t",)]
             except Refused as refused:  # an answer, so the lock is held; but nothing is known of the row
                 _log.warning("a heartbeat was refused with SQLSTATE %s; trying again", refused.sqlstate)
                 continue
@@ -216,17 +177,17 @@ class Liveness:
                 self.deadline = -math.inf
                 raise Cut("the worker's row is gone")
             self.deadline = sent + DEADLINE * self._lease
-        session.fetch(LEAVE, self.id, seconds=LEAVE_SECONDS)
+        session.fetch(sql.LEAVE, self.id, seconds=LEAVE_SECONDS)
 
     def _return(self, session: Session) -> None:
         """Take the lock back after a cut; under a new id if the row is gone."""
         self._pids.add(session.backend_pid)
         while True:
             sent = time.monotonic()
-            taken = session.fetch(TRY_LOCK, self.id) == [("t",)]
-            if session.fetch(IS_OURS, self.id, *self._who) != [("t",)]:
+            taken = session.fetch(sql.TRY_LOCK, self.id) == [("t",)]
+            if session.fetch(sql.IS_OURS, self.id, *self._who) != [("t",)]:
                 self.deadline = -math.inf
-                session.fetch(UNLOCK_ALL)
+                session.fetch(sql.UNLOCK_ALL)
                 self._enter(session)
                 self._on_superseded(self.id)
                 return
@@ -235,7 +196,7 @@ class Liveness:
                 self._on_held(self.id, True)
                 return
             # A watcher has it for a moment, or a session of ours that does not know yet that it is cut off.
-            session.fetch(END_FORGOTTEN, self.id, "{" + ",".join(map(str, self._pids)) + "}")
+            session.fetch(sql.END_FORGOTTEN, self.id, "{" + ",".join(map(str, self._pids)) + "}")
             if session.wait(RETRY_SECONDS * random.uniform(0.5, 1.5)):  # noqa: S311
                 return
 
@@ -243,17 +204,17 @@ class Liveness:
         """Take the next id whose lock is free and which has no row."""
         for _ in range(IDS_MAX):
             sent = time.monotonic()
-            ((found,),) = session.fetch(NEW_WORKER)
+            ((found,),) = session.fetch(sql.NEW_WORKER)
             worker = int(found or 0)
-            taken = session.fetch(TRY_LOCK, worker) == [("t",)]
-            if taken and not session.fetch(IS_OURS, worker, *self._who):
+            taken = session.fetch(sql.TRY_LOCK, worker) == [("t",)]
+            if taken and not session.fetch(sql.IS_OURS, worker, *self._who):
                 self._register(session, worker, sent)
                 return
-            session.fetch(UNLOCK_ALL)
+            session.fetch(sql.UNLOCK_ALL)
         raise Cut(f"{IDS_MAX} ids in a row belong to other workers")
 
     def _register(self, session: Session, worker: int, sent: float) -> None:
-        session.fetch(REGISTER, worker, *self._who)
+        session.fetch(sql.REGISTER, worker, *self._who)
         session.configure({"application_name": f"pgchan lock {worker}"})
         self._pids = {session.backend_pid}
         self.id = worker
@@ -277,7 +238,7 @@ class Liveness:
 
         suspects: when each was first seen without its lock; the key is its id and the session that held it.
         """
-        rows = [(int(found or 0), int(pid or 0), held == "t") for found, pid, held in session.fetch(LOOK)]
+        rows = [(int(found or 0), int(pid or 0), held == "t") for found, pid, held in session.fetch(sql.LOOK)]
         now = time.monotonic()
         until = now + self._slice
         watched: int | None = None
@@ -298,7 +259,7 @@ class Liveness:
 
     def _reap(self, session: Session, other: int) -> bool:
         try:
-            ((runs,),) = session.fetch(REAP, other, seconds=REAP_SECONDS)
+            ((runs,),) = session.fetch(sql.REAP, other, seconds=REAP_SECONDS)
         except Refused as refused:
             if refused.sqlstate not in TRY_AGAIN:
                 raise
@@ -313,13 +274,13 @@ class Liveness:
             session.wait(seconds)
             return
         try:
-            session.fetch(WAIT_FOR_LOCK, watched, math.ceil(seconds * 1000), seconds=seconds + REPLY_SECONDS)
+            session.fetch(sql.WAIT_FOR_LOCK, watched, math.ceil(seconds * 1000), seconds=seconds + REPLY_SECONDS)
         except Refused as refused:
             if refused.sqlstate != LOCK_NOT_AVAILABLE:
                 raise
         else:
             point("watch_granted")
-            session.fetch(UNLOCK, watched)
+            session.fetch(sql.UNLOCK, watched)
 
     # -------------------------------------------------------------------------------------------- both threads
 
@@ -351,10 +312,12 @@ class Liveness:
         settings = {
             "idle_session_timeout": milliseconds(lease),
             "client_connection_check_interval": milliseconds(min(0.5, lease / 4)),
-            "tcp_keepalives_idle": str(math.ceil(0.2 * lease)),
+          
+            # grace of 0.1 or more then ends after DEADLINE: nobody takes over from a worker that still acts.
+            "tcp_keepalives_idle": str(math.ceil(0.3 * lease)),
             "tcp_keepalives_interval": str(math.ceil(0.1 * lease)),
             "tcp_keepalives_count": "3",
-            "tcp_user_timeout": milliseconds(0.5 * lease),
+            "tcp_user_timeout": milliseconds(0.6 * lease),
             "statement_timeout": "0" if watch else milliseconds(max(STATEMENT * lease, STATEMENT_SECONDS_MIN)),
             "lock_timeout": milliseconds(self._slice) if watch else "0",
             "transaction_timeout": "0",  # a role's default would end a session that waits for a lock

@@ -155,6 +155,18 @@ class RunStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """A worker process that is registered. runs: how many it executes."""
+
+    id: int
+    name: str
+    host: str
+    pid: int
+    started_at: datetime
+    runs: int
+
+
+@dataclass(frozen=True, slots=True)
 class Retry:
     """How often a failing step is tried, and when: the n-th retry after delay × backoff^(n-1) s, at most max_delay.
 

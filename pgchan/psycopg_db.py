@@ -1,5 +1,7 @@
 """`Db` on psycopg: everything blocks. A pool for statements, one connection that writes, and a thread that listens.
 
+Long, because all waiting of the blocking door is here and nowhere else.
+
 Writing needs no thread: of the callers that publish at the same time one sends a batch for all of them, and hands
 over to another when its own entry is written. Listening does: `Listener` pumps the hub of wakeups.py in a daemon
 thread, which starts with the first tail() or result(). All of the hub is guarded by one condition, which readers wait
@@ -117,9 +119,9 @@ class PsycopgDb:
         # Two connections, one lock: behind a session pooler the second cannot get it.
         key = uuid.uuid4().int % (1 << 24)
         with self.connect("probe") as first, self.connect("probe") as second:
-            first.execute(sql.TRY_LOCK, (LOCK_CLASS + 1, key))
-            got = second.execute(sql.TRY_LOCK, (LOCK_CLASS + 1, key)).fetchone()
-            first.execute(sql.UNLOCK, (LOCK_CLASS + 1, key))
+            first.execute(sql.PROBE_LOCK, (LOCK_CLASS + 1, key))
+            got = second.execute(sql.PROBE_LOCK, (LOCK_CLASS + 1, key)).fetchone()
+            first.execute(sql.PROBE_UNLOCK, (LOCK_CLASS + 1, key))
             return got is not None and not got[0]
 
     def open(self) -> None:

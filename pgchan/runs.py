@@ -60,7 +60,8 @@ async def status(db: Db, run: str) -> RunStatus:
 def row_status(row: Row) -> RunStatus:
     """A RunStatus from the columns of sql.RUN_STATUS."""
     error = RunError(row[8], row[9] or "") if row[8] is not None else None
-    return RunStatus(*row[:8], error, *row[10:])
+    values: list[Any] = [*row[:8], error, *row[10:]]
+    return RunStatus(*values)
 
 
 async def listing(

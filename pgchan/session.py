@@ -21,16 +21,8 @@ from typing import Self
 import psycopg
 from psycopg import pq
 
+from pgchan import sql
 from pgchan.errors import InvalidInput
-
-# ------------------------------------------------------------------------------------------------ statements
-
-# Settings that this server does not know are left out. The session's own pid, which is not the one of the handshake if
-# a pooler stands between.
-SET = """
-select pg_backend_pid(), count(set_config(s.name, g.value, false))
-from unnest($1::text[], $2::text[]) g (name, value) join pg_settings s on s.name = g.name
-"""
 
 CONNECT_SECONDS_MAX = 5
 CONNECT_SECONDS_MIN = 2  # libpq takes anything less for this
@@ -119,7 +111,7 @@ class Session:
         """Set these for the session; those that this server does not know are left out."""
         names = "{" + ",".join(settings) + "}"
         values = "{" + ",".join(f'"{value}"' for value in settings.values()) + "}"
-        ((pid, _),) = self.fetch(SET, names, values)
+        ((pid, _),) = self.fetch(sql.CONFIGURE, names, values)
         self.backend_pid = int(pid or 0)
 
     def wait(self, seconds: float) -> bool:

@@ -63,11 +63,13 @@ TRIM_CHANNEL = "select pgchan.trim_channel($1::text, $2::bigint)"
 DELETE_CHANNEL = "select pgchan.delete_channel($1::text)"
 EXPIRE = "select pgchan.expire()"
 
+# A channel as its readers are told of it.
 CHANNEL_INFO = """
 select c.name, c.head, c.trimmed, c.epoch, c.closed_at is not null, c.content_type, c.created_at, c.expires_at
 from pgchan.channels c where c.name = $1::text
 """
 
+# Channels by name, page by page; $2 is a LIKE pattern of the prefix.
 CHANNELS = """
 select c.name, c.head, c.trimmed, c.epoch, c.closed_at is not null, c.content_type, c.created_at, c.expires_at
 from pgchan.channels c
@@ -144,12 +146,14 @@ ENQUEUE = """
 call pgchan.call_enqueue($1::text, $2::text, $3::text, $4::text, $5::integer, $6::double precision,
                          $7::double precision, $8::bytea, $9::bigint, null, null)
 """
+# The same in the caller's transaction, as is each statement below that ends in _IN.
 ENQUEUE_IN = """
 select e.outcome, e.ready, pgchan.wake(null, null, true, array[e.ready])
 from pgchan.enqueue($1::text, $2::text, $3::text, $4::text, $5::integer, $6::double precision, $7::double precision,
                     $8::bytea, $9::bigint) e
 """
 DELIVER = "call pgchan.call_deliver($1::text, $2::bytea, $3::text, null, null, null, null, null, null)"
+# A signal in the caller's transaction.
 DELIVER_IN = """
 select d.outcome, d.channel_id, d."position", d.at, d.head, d.ready,
        pgchan.wake(array[d.channel_id], array[d.head], false, array[d.ready])
@@ -158,6 +162,7 @@ from pgchan.deliver($1::text, $2::bytea, $3::text) d
 CANCEL = "select pgchan.cancel($1::text)"
 RESUME = "select pgchan.resume($1::text)"
 
+# The columns of RunStatus, in its order.
 RUN_STATUS = """
 select s.id, s.workflow, s.queue, s.priority, s.state, s.attempt, s.worker, s.step, s.error ->> 'type',
        s.error ->> 'message', s.created_at, s.started_at, s.ended_at, s.wake_at
@@ -167,6 +172,7 @@ RUN_RESULT = """
 select r.channel_id, r.state, r.result, r.error
 from pgchan.channels c join pgchan.runs r on r.channel_id = c.id where c.name = $1::text
 """
+# The channel that holds a run's results.
 RUN_JOURNAL = """
 select j.name
 from pgchan.channels c join pgchan.runs r on r.channel_id = c.id join pgchan.channels j on j.id = r.journal_id
@@ -186,6 +192,7 @@ order by s.created_at desc, s.id desc limit $4::integer
 
 # ------------------------------------------------------------------------------------------------ runs, by a worker
 
+# A claim, with what tells whether there is anything to load: a fresh run has nothing, and costs no further query.
 CLAIM = """
 select c.channel_id, c.run, c.journal_id, c.workflow, c.input, c.attempt, c.epoch, c.speaks_from, c.deadline,
        h.head, j.head, clock_timestamp()
@@ -244,7 +251,6 @@ from pgchan.runs r join pgchan.channels c on c.id = r.channel_id where r.worker 
 """
 WORKERS = "select w.id, w.name, w.host, w.pid, w.started_at, w.runs from pgchan.worker_status w order by w.id"
 QUEUE_NUMBERS = "select q.name, hashtext(q.name) from unnest($1::text[]) q (name)"
-DATABASE_NOW = "select clock_timestamp()"
 
 # ------------------------------------------------------------------------------------------------ at connect
 
@@ -257,7 +263,78 @@ select current_setting('server_version_num')::integer, current_setting('server_e
        current_database(), current_user
 """
 VERSION = "select pgchan.version()"
-MAY_READ = "select has_table_privilege('pgchan.channels', 'select')"
+# Routines and tables that this role may not use, in words; none if it may do everything.
+MISSING_RIGHTS = """
+select p.proname || '()' from pg_proc p join pg_namespace n on n.oid = p.pronamespace
+where n.nspname = 'pgchan' and p.proname in ('write', 'append', 'call_enqueue', 'call_deliver', 'claim', 'reap')
+  and not has_function_privilege(p.oid, 'execute')
+union all
+select t.name from unnest(array['channels', 'messages', 'runs', 'workers', 'final_messages', 'run_status']) t (name)
+where not has_table_privilege('pgchan.' || t.name, 'select')
+"""
+# How full the NOTIFY queue is; who has held a snapshot longest, and for how many seconds; how many runs have been ready
+# for a minute; a worker whose lock a foreign session holds.
+WEATHER = """
+select pg_notification_queue_usage(), s.pid, s.seconds,
+       (select count(*) from pgchan.runs r
+        where r.state = 'scheduled' and r.wake_at is null and r.created_at < clock_timestamp() - interval '1 minute'),
+       (select min(w.id) from pgchan.workers w join pg_locks l
+          on l.locktype = 'advisory' and l.classid = 1885823848 and l.objid = w.id::oid and l.objsubid = 2 and l.granted
+         and l.database = (select d.oid from pg_database d where d.datname = current_database())
+        where l.pid <> w.backend_pid)
+from (select 1) one left join lateral (
+  select a.pid, extract(epoch from clock_timestamp() - a.xact_start)::double precision as seconds
+  from pg_stat_activity a where a.backend_xmin is not null and a.pid <> pg_backend_pid()
+  order by age(a.backend_xmin) desc limit 1) s on true
+"""
 PING = "select pg_notify($1::text, '')"
-TRY_LOCK = "select pg_try_advisory_lock($1::integer, $2::integer)"
-UNLOCK = "select pg_advisory_unlock($1::integer, $2::integer)"
+PROBE_LOCK = "select pg_try_advisory_lock($1::integer, $2::integer)"
+PROBE_UNLOCK = "select pg_advisory_unlock($1::integer, $2::integer)"
+
+# ------------------------------------------------------------------------------------------------ presence of workers
+
+# What liveness.py sends over its own sessions. A bare UNLOCK_ALL is safe there: they hold nothing else.
+NEW_WORKER = "select pgchan.new_worker()"
+TRY_LOCK = "select pg_try_advisory_lock(1885823848, $1::integer)"
+UNLOCK_ALL = "select pg_advisory_unlock_all()"
+REGISTER = "select pgchan.register($1::integer, $2::text, $3::text, $4::integer)"
+LEAVE = "select pgchan.leave($1::integer)"
+REAP = "select pgchan.reap($1::integer)"
+
+# The heartbeat, and the question of a worker that returns. Never in one statement with TRY_LOCK: that would look with a
+# snapshot older than the lock and still see the row that a reaper has just deleted. The rest of the key tells a row
+# from that of another worker which was given the same id, after a failover that lost what the sequence had handed out.
+IS_OURS = """
+select w.name = $2::text and w.host = $3::text and w.pid = $4::integer from pgchan.workers w where w.id = $1::integer
+"""
+
+# The sessions of ours that may not know yet that they are cut off. Only one that really holds this lock is ended: after
+# a restart of the server a pid may be anybody's.
+END_FORGOTTEN = """
+select pg_terminate_backend(l.pid) from pg_locks l
+where l.locktype = 'advisory' and l.classid = 1885823848 and l.objid = $1::integer::oid and l.objsubid = 2 and l.granted
+  and l.database = (select d.oid from pg_database d where d.datname = current_database())
+  and l.pid = any ($2::integer[]) and l.pid <> pg_backend_pid()
+"""
+
+# All workers, and whether the session that registered holds the lock. A watcher that was granted it a moment ago does
+# not count: two of them would take each other for the sign of life that they wait for.
+LOOK = """
+select w.id, w.backend_pid, l.pid is not null
+from pgchan.workers w left join pg_locks l
+  on l.locktype = 'advisory' and l.classid = 1885823848 and l.objid = w.id::oid and l.objsubid = 2 and l.granted
+  and l.database = (select d.oid from pg_database d where d.datname = current_database()) and l.pid = w.backend_pid
+"""
+
+# One slice of watching. The setting lasts for this statement, which is a transaction of its own.
+WAIT_FOR_LOCK = """
+select set_config('lock_timeout', $2::text, true), pg_advisory_lock(1885823848, $1::integer)
+"""
+UNLOCK = "select pg_advisory_unlock(1885823848, $1::integer)"
+
+# Settings that this server does not know are left out. The session's own pid, which is not the one of the handshake if
+# a pooler stands between.
+CONFIGURE = """
+select pg_backend_pid(), count(set_config(s.name, g.value, false))
+from unnest($1::text[], $2::text[]) g (name, value) join pg_settings s on s.name = g.name
+"""

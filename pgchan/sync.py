@@ -17,7 +17,7 @@ from pgchan.channels import Tail
 from pgchan.codec import encode
 from pgchan.db import drive
 from pgchan.dsn import resolve, resolve_control
-from pgchan.model import ChannelInfo, Message, Page, RunStatus
+from pgchan.model import ChannelInfo, Message, Page, RunStatus, WorkerInfo
 from pgchan.psycopg_db import PsycopgDb
 from pgchan.workflows import Workflow
 
@@ -26,12 +26,12 @@ PATIENCE_SECONDS = 30.0
 
 
 class Client:
-    """One database, for code that blocks. Connects on first use; `with` or `close()` closes.
+    """One database. Connects on first use; `with` or `close()` closes.
 
     dsn: default $PGCHAN_DSN, then $DATABASE_URL. control_dsn: a direct connection for LISTEN and locks where dsn goes
     through a transaction pooler; default $PGCHAN_CONTROL_DSN. timeout: seconds for which a call is retried while the
     database cannot be reached. pool_size: connections for statements; up to two more write and listen.
-    May be shared by threads; belongs to the process in which it was made.
+    AsyncClient is for one event loop, Client may be shared by threads; each belongs to the process that made it.
     Raises InvalidInput (the DSN); at first use UnsafeDeployment, SchemaMismatch, Unavailable.
     """
 
@@ -130,6 +130,10 @@ class Client:
             self._use(), state=state, workflow=workflow, queue=queue, limit=limit, after=after
         ))  # fmt: skip
 
+    def workers(self) -> list[WorkerInfo]:
+        """The workers that are registered, and how many runs each executes."""
+        return [WorkerInfo(*row) for row in drive(self._use().fetch(sql.WORKERS))]
+
 
 class Channel:
     """A named, durable sequence of messages: positions 1, 2, 3… in commit order. Made by `client.channel(name)`."""
@@ -184,7 +188,7 @@ class Channel:
         return drive(channels.page(self._client._use(), self.name, after=after, limit=limit, view=view))
 
     def tail(self, *, after: int | str = 0, view: str = "final") -> ChannelTail:
-        """The messages behind `after`, and those to come, for `for`; ends when the channel is closed and all was read.
+        """The messages behind `after` and those to come, for `for`; ends when the channel is closed and all read.
 
         A lost connection is not seen: the tail reconnects and goes on exactly behind the last message it gave.
         Raises InvalidInput, HistoryLost, Trimmed, UnsafeDeployment.
@@ -219,7 +223,7 @@ class Channel:
 
 
 class ChannelTail:
-    """An endless reader, for `for`; `with` or unfollow() ends it early. pages() gives all there is at once."""
+    """An endless reader, for `for`; `with` or unfollow() ends it early. pages() gives all there is."""
 
     def __init__(self, client: Client, tail: Tail) -> None:
         self._client = client

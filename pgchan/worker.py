@@ -116,12 +116,19 @@ class Worker:
             on_superseded=self._from_thread(self._on_superseded), on_reaped=self._from_thread(self._on_reaped),
         )  # fmt: skip
         self.id = await asyncio.to_thread(liveness.start)
+        try:
+            await self._run(liveness, loop, handle_signals=signals)
+        finally:
+            await asyncio.to_thread(liveness.stop)
+
+    async def _run(self, liveness: Liveness, loop: asyncio.AbstractEventLoop, *, handle_signals: bool) -> None:
+        db = self.client._use()
         self._executor = ThreadPoolExecutor(self.concurrency, thread_name_prefix="pgchan run")
         db.writer.on_written = self._on_written
         numbers = await db.fetch(sql.QUEUE_NUMBERS, list(self.queues))
         for _, number in numbers:
             db.listener.hub.on_queue(number, self._claim_soon.set)
-        handlers = self._handle_signals(loop) if signals else []
+        handlers = self._handle_signals(loop) if handle_signals else []
         background = [
             asyncio.create_task(self._forever(self._pump_inbox), name="pgchan inbox"),
             asyncio.create_task(self._forever(self._housekeeping), name="pgchan housekeeping"),
@@ -140,7 +147,6 @@ class Worker:
             await asyncio.gather(*background, *self._tasks, return_exceptions=True)
             for _, number in numbers:
                 db.listener.hub.on_queue(number, None)
-            await asyncio.to_thread(liveness.stop)
             self._executor.shutdown(wait=False, cancel_futures=True)
             for number_ in handlers:
                 loop.remove_signal_handler(number_)
