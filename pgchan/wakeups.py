@@ -108,7 +108,7 @@ class Hub:
         self._by_id: dict[int, Followed] = {}
         self._watches: dict[int, list[Watch]] = {}
         self._dirty: dict[int, Followed] = {}
-        self._queues: dict[int, Callable[[], None]] = {}
+        self._queues: dict[int, list[Callable[[], None]]] = {}
         self.look_up = False  # whether names without a channel should be looked up
         self.fruitless = 0  # reads in a row that found nothing: hints that were invented, or late
 
@@ -144,12 +144,15 @@ class Hub:
             if not watches:
                 del self._watches[watch.id]
 
-    def on_queue(self, number: int, callback: Callable[[], None] | None) -> None:
-        """Call back when a queue, by its hash, has work; None: no more."""
-        if callback is None:
-            self._queues.pop(number, None)
-        else:
-            self._queues[number] = callback
+    def on_queue(self, number: int, callback: Callable[[], None]) -> None:
+        """Call back when a queue, by its hash, has work."""
+        self._queues.setdefault(number, []).append(callback)
+
+    def off_queue(self, number: int, callback: Callable[[], None]) -> None:
+        """Call back no more."""
+        callbacks = self._queues.get(number, [])
+        if callback in callbacks:
+            callbacks.remove(callback)
 
     @property
     def is_idle(self) -> bool:
@@ -161,7 +164,7 @@ class Hub:
     def heard(self, name: str, payload: str) -> bool:
         """Take in a NOTIFY; True if there is something to read now. Whatever is not a hint of ours is passed over."""
         if name == "pgchan_queue":
-            if (callback := self._queues.get(_number(payload))) is not None:
+            for callback in self._queues.get(_number(payload), ()):
                 callback()
             return False
         if name == "pgchan_new":
@@ -186,7 +189,7 @@ class Hub:
         self.look_up = True
         for watch in [watch for watches in self._watches.values() for watch in watches]:
             watch.changed()
-        for callback in list(self._queues.values()):
+        for callback in [callback for callbacks in self._queues.values() for callback in callbacks]:
             callback()
 
     # -- what is read

@@ -107,28 +107,32 @@ class Worker:
         Raises UnsafeDeployment, SchemaMismatch, Unavailable at the start.
         """
         loop = self._loop = asyncio.get_running_loop()
-        db = self.client._use()
-        await db.open()
-        await db.listener.start()  # refuses a transaction pooler, before a lock is taken that would hold nothing
-        liveness = Liveness(
-            self.client.control_dsn, name=self.name, lease=self._lease, grace=self._grace,
-            on_held=self._from_thread(self._on_held), on_lost=self._from_thread(self._on_lost),
-            on_superseded=self._from_thread(self._on_superseded), on_reaped=self._from_thread(self._on_reaped),
-        )  # fmt: skip
-        self.id = await asyncio.to_thread(liveness.start)
+        handlers = self._handle_signals(loop) if signals else []  # first: nothing below may be left half done
         try:
-            await self._run(liveness, loop, handle_signals=signals)
+            db = self.client._use()
+            await db.open()
+            await db.listener.start()  # refuses a transaction pooler, before a lock is taken that would hold nothing
+            liveness = Liveness(
+                self.client.control_dsn, name=self.name, lease=self._lease, grace=self._grace,
+                on_held=self._from_thread(self._on_held), on_lost=self._from_thread(self._on_lost),
+                on_superseded=self._from_thread(self._on_superseded), on_reaped=self._from_thread(self._on_reaped),
+            )  # fmt: skip
+            self.id = await asyncio.to_thread(liveness.start)
+            try:
+                await self._run(liveness)
+            finally:
+                await asyncio.to_thread(liveness.stop)
         finally:
-            await asyncio.to_thread(liveness.stop)
+            for number in handlers:
+                loop.remove_signal_handler(number)
 
-    async def _run(self, liveness: Liveness, loop: asyncio.AbstractEventLoop, *, handle_signals: bool) -> None:
+    async def _run(self, liveness: Liveness) -> None:
         db = self.client._use()
         self._executor = ThreadPoolExecutor(self.concurrency, thread_name_prefix="pgchan run")
         db.writer.on_written = self._on_written
         numbers = await db.fetch(sql.QUEUE_NUMBERS, list(self.queues))
         for _, number in numbers:
             db.listener.hub.on_queue(number, self._claim_soon.set)
-        handlers = self._handle_signals(loop) if handle_signals else []
         background = [
             asyncio.create_task(self._forever(self._pump_inbox), name="pgchan inbox"),
             asyncio.create_task(self._forever(self._housekeeping), name="pgchan housekeeping"),
@@ -146,10 +150,8 @@ class Worker:
                 attempt.end("stopped")
             await asyncio.gather(*background, *self._tasks, return_exceptions=True)
             for _, number in numbers:
-                db.listener.hub.on_queue(number, None)
+                db.listener.hub.off_queue(number, self._claim_soon.set)
             self._executor.shutdown(wait=False, cancel_futures=True)
-            for number_ in handlers:
-                loop.remove_signal_handler(number_)
             db.writer.on_written = None
             self._started.clear()
 
