@@ -151,6 +151,7 @@ class Call:
         self.request = request
         self.principal = principal
         self.accepted = accepted
+        self.size = 0  # of the request's body, once it was read
         self.parameters = _once(request.query_params.multi_items(), "query parameter")
 
     @property
@@ -225,6 +226,7 @@ class Call:
                         raise too_large
         except TimeoutError:
             raise Problem(408, "too_slow", headers={"Connection": "close"}) from None
+        self.size = len(raw)
         return bytes(raw)
 
     def span(self) -> Span:

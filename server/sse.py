@@ -8,7 +8,7 @@
     data: {"channel":"chat/42","position":43,…}
 
 The first block, which has an id and nothing else, lets a reader that is cut before its first message come back to the
-same place. `event: reset` says that this place is lost and where reading goes on; `event: end` that the channel is closed
+same place. `event: reset` says that this place is lost and where reading goes on, `event: end` that the channel is closed
 and all was read. A body that just ends means "to be continued".
 
 The frame of a message is made once and kept with the message, which all readers of the process share. What is sent is
@@ -21,32 +21,39 @@ import asyncio
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from pgchan import AsyncChannel, Message, Reset, Unavailable
-from pgchan.server.endpoint import EVENT_STREAM, Call, Span
+from pgchan import AsyncChannel, HistoryLost, Message, Reset, Unavailable, names
+from pgchan.server.endpoint import Call
 
 HEARTBEAT_SECONDS = 15.0  # of silence; proxies close what is silent for a minute
 STALL_SECONDS = 15.0  # for a client to take what was sent
 FIRST_SECONDS = 1.0  # for the database to answer, before the client is told that it has to wait
 AWAY_SECONDS = 1.0  # before a database that is away is asked again
-CHUNK_BYTES = 64 << 10  # of frames in one send; a stalled client holds no more than this and what its socket took
-RETRY_MS = (1_000, 3_000)  # drawn anew for each connection, so that readers do not come back all at once
+CHUNK_BYTES = 64 << 10  # of frames in one send: what a stalled client holds, beside what its socket took
+RETRY_MS = (1_000, 3_000)  # drawn for each connection, so that readers do not come back all at once
 
 HEARTBEAT = b": hb\n\n"
 WAITING = b": waiting\n\n"
+ABORT = "pgchan.abort"  # extension of the ASGI scope: closes the connection without waiting for the client
 
+_HEADERS = (
+    (b"content-type", b"text/event-stream"),
+    (b"cache-control", b"no-cache, no-transform"),
+    (b"x-accel-buffering", b"no"),
+)
 _LINE_END = re.compile(rb"\r\n|\r|\n")
+_EXPIRED = b"event: auth_expired\ndata: {}\n\n"
 
 
 class EventStream:
-    """The ASGI application that answers with a channel's messages from `after` on, until it is closed.
+    """The ASGI application that answers with a channel's messages behind `after`, until it is closed.
 
-    resumed: whether the client has been here before. It is then told by 204 that there is nothing left, which ends an
-    EventSource; a first request always gets a stream.
+    resumed: whether the client says that it has been here before. It is then told by 204 that nothing is left, which
+    ends an EventSource; a first request always gets a stream.
     """
 
     def __init__(self, call: Call, channel: AsyncChannel, after: int | str, view: str, *, resumed: bool) -> None:
@@ -55,55 +62,130 @@ class EventStream:
         self._view = view
         self._resumed = resumed
         self._tail = channel.tail(after=after, view=view)
-        self._cursor = _known_cursor(after)
+        self._start_cursor = names.format_cursor(0, 0) if after == 0 else self._tail.cursor
+        self._is_open = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._send = send
         last = b""
         try:
             async with self._call.span() as span:
-                if await self._open():
-                    last = await self._run()
-            if span.ended != "gone":
-                await self._write(_last_frame(span, last), more=False)
+                last = await self._stream()
+            if span.ended == "gone":
+                return
+            if not self._is_open:
+                await self._open(200)
+            await self._write(_EXPIRED if span.ended == "expired" else last, more=False)
         except _Stalled:
-            _abort(scope)
+            # Returning without the last chunk cuts the connection; a client that reads nothing would not notice.
+            scope.get("extensions", {}).get(ABORT, lambda: None)()
         finally:
             self._tail.unfollow()
 
-    async def _open(self) -> bool:
-        """Send the head and what is there; False if that was all there ever will be."""
-        is_late, found = False, None
+    async def _stream(self) -> bytes:
+        """Send all there is and all that comes; returns the frame for the end."""
+        is_late = False
+        found: list[Message] | None = []
         try:
             async with asyncio.timeout(FIRST_SECONDS):
-                found = await self._first()
+                found = await self._tail.next_page(0.0)
         except (TimeoutError, Unavailable):
-            is_late, found = True, []
+            is_late = True
         except Reset:
-            found = []  # told by _run, which meets it again
-        is_over = found is None and self._resumed
-        await self._start(204 if is_over else 200)
-        if is_over:
-            return False
+            pass  # met again below, and told there
+        if found is None and self._resumed:
+            await self._open(204)
+            return b""
+        await self._open(200)
         block = f"retry: {random.randint(*RETRY_MS)}\n".encode()  # noqa: S311
-        cursor = self._cursor or (None if found else self._tail.cursor)
+        cursor = self._start_cursor or (None if found else self._tail.cursor)
         if cursor is not None:
             block += f"id: {cursor}\n".encode()
         await self._write(block + b"\n" + (WAITING if is_late else b""))
-        self._found = found
-        return True
+        while found is not None:
+            if found:
+                for chunk in in_chunks(frame(message) for message in found):
+                    await self._write(chunk)
+            found = await self._next(is_placed=cursor is not None or bool(found))
+            cursor = self._tail.cursor
+        return _event("end", {"cursor": cursor}, cursor)
 
-    async def _first(self) -> list[Message] | None:
-        if self._cursor is None and self._is_from_now:
-            pass
-        return await self._tail.next_page(0.0)
+    async def _next(self, *, is_placed: bool) -> list[Message] | None:
+        """The next page; while nothing comes, a sign of life is sent instead, and an empty page returned."""
+        try:
+            async with asyncio.timeout(HEARTBEAT_SECONDS + AWAY_SECONDS):
+                found = await self._tail.next_page(HEARTBEAT_SECONDS if is_placed else 0.0)
+        except TimeoutError:
+            await self._write(WAITING)
+            return []
+        except Unavailable:
+            await self._write(WAITING)
+            await asyncio.sleep(AWAY_SECONDS)
+            return []
+        except Reset as reset:
+            await self._write(_reset_event(reset))
+            self._tail.unfollow()
+            self._tail = self._channel.tail(after=reset.cursor, view=self._view)
+            return []
+        if found == []:
+            await self._write(HEARTBEAT if is_placed else f"id: {self._tail.cursor}\n\n".encode())
+        return found
 
-    async def _run(self) -> bytes:
-        """Send what comes; returns the frame that tells the end."""
-        return b""
-
-    async def _start(self, status: int) -> None:
-        raise NotImplementedError
+    async def _open(self, status: int) -> None:
+        self._is_open = True
+        headers = list(_HEADERS) if status == 200 else []
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _write(self, data: bytes, *, more: bool = True) -> None:
-        raise NotImplementedError
+        try:
+            async with asyncio.timeout(STALL_SECONDS):
+                await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        except TimeoutError:
+            raise _Stalled from None
+
+
+class _Stalled(Exception):
+    """The client takes nothing any more."""
+
+
+def frame(message: Message) -> bytes:
+    """The event of a message, made once."""
+    data = message.to_json()
+    assert message.cache is not None
+    if (found := message.cache.get("sse")) is None:
+        found = message.cache["sse"] = (
+            f"id: {message.cursor}\nevent: {message.kind}\n".encode() + _data_lines(data) + b"\n"
+        )
+    return found
+
+
+def in_chunks(frames: Iterable[bytes]) -> Iterator[bytes]:
+    """Whole frames, joined up to CHUNK_BYTES."""
+    waiting: list[bytes] = []
+    size = 0
+    for each in frames:
+        if waiting and size + len(each) > CHUNK_BYTES:
+            yield b"".join(waiting)
+            waiting, size = [], 0
+        waiting.append(each)
+        size += len(each)
+    if waiting:
+        yield b"".join(waiting)
+
+
+def _data_lines(data: bytes) -> bytes:
+    # A stored JSON body may have line ends as white space.
+    if b"\n" not in data and b"\r" not in data:
+        return b"data: " + data + b"\n"
+    return b"".join(b"data: " + line + b"\n" for line in _LINE_END.split(data))
+
+
+def _event(name: str, data: dict[str, Any], cursor: str | None) -> bytes:
+    head = f"id: {cursor}\n" if cursor is not None else ""
+    return f"{head}event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+def _reset_event(reset: Reset) -> bytes:
+    reason = "history_lost" if isinstance(reset, HistoryLost) else "trimmed"
+    data = {"reason": reason, "first": reset.first, "last": reset.last, "cursor": reset.cursor}
+    return _event("reset", data, reset.cursor)

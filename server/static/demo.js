@@ -33,7 +33,8 @@ let status = {}
 let workers = []
 const messages = [] // what stands: without void output
 const steps = new Map() // name → its <li>
-const recorded = new Map() // name → the message in the journal
+const recorded = new Set() // names of steps whose result is in the journal
+const interrupted = new Set() // names of steps that a signal ended: they consumed it, and have no result
 const attempts = new Map() // name → the highest attempt seen
 let journalCursor = 0
 let killed = null // the message that told of a kill, until the run goes on
@@ -86,7 +87,7 @@ async function refresh(isNews = true) {
     ])
     if (now) status = now
     if (alive) workers = alive.workers
-    for (const message of journal?.messages ?? []) if (message.key) recorded.set(message.key, message)
+    for (const message of journal?.messages ?? []) if (message.kind === "message") recorded.add(message.key)
     if (journal?.cursor) journalCursor = journal.cursor
     showStatus()
   })()
@@ -179,9 +180,10 @@ function showStep({ step, attempt, body }) {
 }
 
 function showStepState(item) {
-  const entry = recorded.get(item.dataset.step)
-  if (entry) item.dataset.state = entry.kind === "control" ? entry.body.type : "recorded" // "interrupted"
-  const parts = [`${item.dataset.step}`, entry ? item.dataset.state : "under way"]
+  if (recorded.has(item.dataset.step)) item.dataset.state = "recorded"
+  else if (interrupted.has(item.dataset.step)) item.dataset.state = "interrupted"
+  const { step, state } = item.dataset
+  const parts = [step, state === "running" ? "under way" : state]
   if (item.dataset.attempt > 1) parts.push(`attempt ${item.dataset.attempt}`)
   if (item.note) parts.push(item.note)
   item.lastChild.textContent = parts.join(" · ")
@@ -219,7 +221,10 @@ function showLog(message) {
     log("failed", `The server no longer has what this page has seen (${body.reason})`)
   } else if (message.kind === "control") {
     if (body.type === "reset") log("void", `${body.step} starts over: what it said before is void`, message.at)
-    if (body.type === "consumed") log("signal", `Signal ${body.signal} was consumed by ${body.step}`, message.at)
+    if (body.type === "consumed") {
+      interrupted.add(body.step)
+      log("signal", `Signal ${body.signal} was consumed by ${body.step}`, message.at)
+    }
     if (body.type === "ended") {
       log("ended", `The run ${body.state === "cancelled" ? "was cancelled" : body.state} after ${message.position} messages`, message.at)
       if (body.missed?.length) log("signal", `It ended before signal ${body.missed.join(", ")} was read`, message.at)
