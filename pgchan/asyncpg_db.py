@@ -241,7 +241,8 @@ class AsyncpgDb:
     async def append_together(self, batches: Sequence[Batch]) -> list[Outcome]:
         """See Db."""
         if len(batches) == 1:
-            return batches[0].outcomes(await self.call(sql.WRITE, *batches[0].arguments()))
+            row = await self.call(sql.WRITE, *batches[0].arguments(), db.lock_wait(self._patience))
+            return batches[0].outcomes(row)
         outcomes: list[Outcome] = []
         moved: dict[int, int] = {}
         created = False
@@ -375,11 +376,13 @@ class Writer:
 
     async def _run(self) -> None:
         while True:
-            batch = self._waiting.take()
+            batch = self._waiting.take(time.monotonic())
             if batch is None:
                 self._busy = False
                 self._wake.clear()
-                await self._wake.wait()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._waiting.seconds_aside(time.monotonic())):
+                        await self._wake.wait()
                 continue
             self._busy = True
             if not self._waiting.is_full:
@@ -402,7 +405,7 @@ class Writer:
                 return
             await asyncio.sleep(db.backoff(tries))
         try:
-            row = await connection.fetchrow(sql.WRITE, *batch.arguments(), timeout=CALL_SECONDS)
+            row = await connection.fetchrow(sql.WRITE, *batch.arguments(), batch.lock_wait, timeout=CALL_SECONDS)
         except DRIVER_ERRORS as error:
             await self._failed(batch, translate(error, writing=True))
             return
@@ -418,9 +421,15 @@ class Writer:
             if self.on_written is not None:
                 written = sum(1 for queued in batch.queued if queued.entry.name == entry.name)
                 self.on_written(entry.channel_id, head - written, head)
-        for queued, outcome in zip(batch.queued, batch.outcomes(row), strict=True):
-            if queued.settle is not None:
+        outcomes = batch.outcomes(row)
+        locked = batch.refused_for_now(outcomes)
+        for queued, outcome in zip(batch.queued, outcomes, strict=True):
+            if queued.settle is not None and queued not in locked:
                 queued.settle(outcome)
+        if locked:
+            now = time.monotonic()
+            self._waiting.set_aside([queued for queued in locked if queued.deadline > now], now)
+            _settle_all([queued for queued in locked if queued.deadline <= now], errors.Unavailable(db.LOCKED))
 
     def _drop_expired(self, batch: Batch) -> list[Queued]:
         now = time.monotonic()

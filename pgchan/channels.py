@@ -15,7 +15,7 @@ from datetime import UTC
 from typing import Any
 
 from pgchan import callers, codec, errors, names, sql
-from pgchan.db import STORED, Db, Entry, Follow, Known, Outcome, Row
+from pgchan.db import LOCKED, STORED, Db, Entry, Follow, Known, Outcome, Row
 from pgchan.model import CONTROL, KINDS, ChannelInfo, Message, Page, microseconds
 from pgchan.writer import Batch, Queued
 
@@ -127,6 +127,8 @@ def refusal(entry: Entry, outcome: Outcome) -> errors.Error:
             return errors.fenced(entry.name)
         case "conflict":
             return errors.idempotency_conflict(entry.name, entry.key or "", outcome.position or 0)
+        case "locked":
+            return errors.Unavailable(f"{LOCKED} ({entry.name!r})")
     return errors.InvalidInput(f"channel {entry.name!r} has another content type than {entry.content_type!r}")
 
 

@@ -172,6 +172,14 @@ POOLER = (
 )
 
 
+LOCKED = "the channel is locked by a transaction that is still open; nothing was written"
+
+
+def lock_wait(patience: float) -> int:
+    """Milliseconds for which a call may wait for a locked channel; less than statement_timeout."""
+    return int(1000 * min(patience, 25.0))
+
+
 def session_options(settings: dict[str, str]) -> str:
     """Settings as libpq's `options`."""
     return " ".join(f"-c {name}={value.replace(' ', chr(92) + ' ')}" for name, value in settings.items())

@@ -177,6 +177,10 @@ class PsycopgDb:
         """See Db."""
         self.open()
         outcome = self._writer.append(entry)
+        if outcome.word == "locked":  # wait for it in this thread, so that the other threads need not
+            alone = Batch()
+            alone.add(Queued(entry, None, 0.0))
+            (outcome,) = await self.append_together([alone])
         if outcome.word != "type" and outcome.channel_id is not None:
             self.learn(entry.name, Known(outcome.channel_id, entry.content_type))
         return outcome
@@ -184,7 +188,8 @@ class PsycopgDb:
     async def append_together(self, batches: Sequence[Batch]) -> list[Outcome]:
         """See Db."""
         if len(batches) == 1:
-            return batches[0].outcomes(await self.call(sql.WRITE, *batches[0].arguments()))
+            row = await self.call(sql.WRITE, *batches[0].arguments(), db.lock_wait(self._patience))
+            return batches[0].outcomes(row)
         self.open()
         outcomes: list[Outcome] = []
         moved: dict[int, int] = {}
@@ -378,7 +383,7 @@ class _Writer:
             return
         try:
             connection = self._connected()
-            row = connection.execute(sql.WRITE, batch.arguments()).fetchone()
+            row = connection.execute(sql.WRITE, (*batch.arguments(), batch.lock_wait)).fetchone()
         except errors.Error as error:
             self._failed(batch, error)
         except DRIVER_ERRORS as error:
@@ -429,7 +434,7 @@ class _Writer:
         (queued,) = batch.queued
         assert queued.settle is not None
         try:
-            row = self._connected().execute(sql.WRITE, batch.arguments()).fetchone()
+            row = self._connected().execute(sql.WRITE, (*batch.arguments(), batch.lock_wait)).fetchone()
             assert row is not None
             queued.settle(batch.outcomes(row)[0])
         except errors.Error as error:

@@ -177,17 +177,20 @@ end $$;
 -- nth). When a key of the batch is already stored, bases is null and the answer is per entry: positions, outcomes, ats.
 -- Outcomes: appended · repeated (this key with this body is stored at this position) · conflict (with another body) ·
 -- missing (no such channel) · fenced · closed · type (the channel has another content type) · blocked (another group of
--- its owner was refused).
+-- its owner was refused) · locked (somebody's open transaction has held this channel for lock_wait ms; only with it).
 -- Locks the channels in id order. Called within a transaction it holds them until that commits, which is why a channel
--- takes one publishing transaction at a time.
+-- takes one publishing transaction at a time. lock_wait keeps one such transaction from delaying the other channels of
+-- the batch; null waits for all.
 create function pgchan.append(
   ids bigint[], names text[], types text[], fences bigint[], owners bigint[], counts integer[], inboxes bigint[],
   slots integer[], nths integer[], kinds smallint[], keys text[], steps text[], attempts integer[], voids bigint[],
-  bodies bytea[],
+  bodies bytea[], lock_wait integer default null,
   out channel_ids bigint[], out heads bigint[], out bases bigint[], out outcomes text[], out at timestamptz,
   out positions bigint[], out ats timestamptz[], out created boolean)
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
+declare
+  busy bigint[] := '{}';
 begin
   perform pgchan.force_durability();
   created := false;
@@ -205,12 +208,26 @@ begin
   -- The next position comes from the channel's row, never from max(position): a statement that waits for a lock keeps
   -- the snapshot it took before waiting, so max() is stale and two publishers collide. The lock is taken in a statement
   -- of its own; the next one sees what it waited for. It lasts until commit, which puts positions in commit order.
-  perform from pgchan.channels c where c.id = any (channel_ids) order by c.id for no key update;
+  if lock_wait is null then
+    perform from pgchan.channels c where c.id = any (channel_ids) order by c.id for no key update;
+  else
+    begin
+      perform set_config('lock_timeout', greatest(lock_wait, 1) || 'ms', true);
+      perform from pgchan.channels c where c.id = any (channel_ids) order by c.id for no key update;
+      perform set_config('lock_timeout', '0', true);  -- it must not strike later, least of all after the commit
+    exception when lock_not_available then
+      -- The setting was undone with the subtransaction, and so were the locks. Take those that are free.
+      with free as materialized (
+        select c.id from pgchan.channels c where c.id = any (channel_ids) order by c.id for no key update skip locked)
+      select coalesce(array_agg(c.id), '{}') into busy from pgchan.channels c
+        where c.id = any (channel_ids) and not exists (select from free f where f.id = c.id);
+    end;
+  end if;
   at := clock_timestamp();  -- after the lock, so that it does not run backwards within a channel
   begin
     with judged as (
       select g.*, c.head,
-        case when c.id is null then 'missing' when g.fence <> c.epoch then 'fenced'
+        case when c.id is null then 'missing' when c.id = any (busy) then 'locked' when g.fence <> c.epoch then 'fenced'
              when c.closed_at is not null then 'closed'
              when g.given is null and g.type <> c.content_type then 'type' else 'appended' end as outcome
       from unnest(channel_ids, ids, types, fences, owners, counts, inboxes)
@@ -240,7 +257,7 @@ begin
     bases := null;
     with judged as materialized (
       select e.*, g.id, g.owner, g.inbox, c.head, first."position" as stored_position, first.at as stored_at,
-        case when c.id is null then 'missing' when g.fence <> c.epoch then 'fenced'
+        case when c.id is null then 'missing' when c.id = any (busy) then 'locked' when g.fence <> c.epoch then 'fenced'
              when first."position" is not null
                then case when first.body = e.body and first.kind = e.kind then 'repeated' else 'conflict' end
              when c.closed_at is not null then 'closed'
@@ -285,7 +302,7 @@ end $$;
 create procedure pgchan.write(
   ids bigint[], names text[], types text[], fences bigint[], owners bigint[], counts integer[], inboxes bigint[],
   slots integer[], nths integer[], kinds smallint[], keys text[], steps text[], attempts integer[], voids bigint[],
-  bodies bytea[],
+  bodies bytea[], lock_wait integer,
   inout channel_ids bigint[], inout heads bigint[], inout bases bigint[], inout outcomes text[], inout at timestamptz,
   inout positions bigint[], inout ats timestamptz[])
 language plpgsql as $$
@@ -296,7 +313,7 @@ begin
   select a.channel_ids, a.heads, a.bases, a.outcomes, a.at, a.positions, a.ats, a.created
     into channel_ids, heads, bases, outcomes, at, positions, ats, created
     from pgchan.append(ids, names, types, fences, owners, counts, inboxes,
-                       slots, nths, kinds, keys, steps, attempts, voids, bodies) a;
+                       slots, nths, kinds, keys, steps, attempts, voids, bodies, lock_wait) a;
   commit;
   perform pgchan.wake(channel_ids, heads, created);
 end $$;

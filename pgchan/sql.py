@@ -9,11 +9,11 @@ from __future__ import annotations
 
 # ------------------------------------------------------------------------------------------------ writing
 
-# The batch of a writer: 15 arrays in, one row out. See `append` in schema.sql.
+# The batch of a writer: 15 arrays and a limit for waiting in, one row out. See `append` in schema.sql.
 WRITE = """
 call pgchan.write($1::bigint[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::integer[], $7::bigint[],
                   $8::integer[], $9::integer[], $10::smallint[], $11::text[], $12::text[], $13::integer[],
-                  $14::bigint[], $15::bytea[], null, null, null, null, null, null, null)
+                  $14::bigint[], $15::bytea[], $16::integer, null, null, null, null, null, null, null)
 """
 
 # The same in the caller's transaction, announced within it (a NOTIFY is sent when its transaction commits).

@@ -9,6 +9,9 @@ Order is strictly that of arrival. Where an entry cannot go along (its channel i
 its key is there already, a limit is reached) the batch ends before it. So a step's output never overtakes, nor is
 overtaken by, its result.
 
+A channel that somebody's open transaction has locked must not delay the others. The routine waits LOCK_WAIT_MS for it; then its
+entries come back, are set aside for a moment and tried again, now without waiting, while everything else goes on.
+
 A lost connection leaves one batch in doubt. It is all there or not at all, so one message that can be recognised
 tells: entries of an owner (the current attempt of a run; nobody else writes messages with a step there) are looked
 for behind the last position known, entries with a key are sent again and found, and only what has neither goes to its
@@ -30,6 +33,8 @@ BATCH_ENTRIES_MAX = PAGE_MESSAGES_MAX  # a batch takes milliseconds; more gains 
 BATCH_BYTES_MAX = PAGE_BYTES_MAX
 WAITING_BYTES_MAX = 16 << 20  # what may wait in memory; publishers wait for room past it
 WAITING_ENTRIES_MAX = 50_000
+LOCK_WAIT_MS = 50  # longer than any transaction of pgchan's own; a caller's may last for seconds
+LOCK_RETRY_SECONDS = 0.05  # how long entries of a locked channel are set aside
 
 Settle = Callable[["Outcome | Error"], None]
 
@@ -61,6 +66,7 @@ class Batch:
         self._slots: list[int] = []
         self._nths: list[int] = []
         self._size = 0
+        self.lock_wait = LOCK_WAIT_MS
 
     def add(self, queued: Queued) -> bool:
         """Take an entry along; False if this batch cannot."""
@@ -89,6 +95,18 @@ class Batch:
         self._size += len(entry.body)
         self.queued.append(queued)
         return True
+
+    def refused_for_now(self, outcomes: list[Outcome]) -> list[Queued]:
+        """The entries whose channel was locked, and those that must go with them."""
+        both = list(zip(self.queued, outcomes, strict=True))
+        owners = {queued.entry.owner for queued, outcome in both if outcome.word == "locked"}
+        if not owners:
+            return []
+        return [
+            queued
+            for queued, outcome in both
+            if outcome.word == "locked" or (outcome.word == "blocked" and queued.entry.owner in owners)
+        ]
 
     def arguments(self) -> tuple[list[Any], ...]:
         """The 15 arrays of `pgchan.append`."""
@@ -140,6 +158,7 @@ class Waiting:
     def __init__(self) -> None:
         self._queued: deque[Queued] = deque()
         self._size = 0
+        self._aside: dict[int | str, float] = {}  # owners and channels that found a lock, and until when they wait
 
     def __len__(self) -> int:
         return len(self._queued)
@@ -159,14 +178,41 @@ class Waiting:
         self._queued.extendleft(reversed(queued))
         self._size += sum(len(q.entry.body) for q in queued)
 
-    def take(self) -> Batch | None:
-        """The next batch; None if nothing waits."""
-        if not self._queued:
-            return None
+    def set_aside(self, queued: list[Queued], now: float) -> None:
+        """Return entries that found their channel locked; they, and what follows them there, wait a moment."""
+        self.put_back(queued)
+        for one in queued:
+            self._aside[_lane(one.entry)] = now + LOCK_RETRY_SECONDS
+
+    def seconds_aside(self, now: float) -> float | None:
+        """Until the next entry that was set aside may be tried; None if none was."""
+        return max(0.0, min(self._aside.values()) - now) if self._aside else None
+
+    def take(self, now: float = 0.0) -> Batch | None:
+        """The next batch; None if nothing waits, or all that does is set aside."""
         batch = Batch()
-        while self._queued and batch.add(self._queued[0]):
-            self._size -= len(self._queued.popleft().entry.body)
-        return batch
+        if not self._aside:
+            while self._queued and batch.add(self._queued[0]):
+                self._size -= len(self._queued.popleft().entry.body)
+            return batch if batch.queued else None
+        due = {lane for lane, until in self._aside.items() if until <= now}
+        left: deque[Queued] = deque()
+        while self._queued:
+            queued = self._queued.popleft()
+            lane = _lane(queued.entry)
+            if lane in self._aside and lane not in due:
+                left.append(queued)
+                continue
+            if not batch.add(queued):
+                left.append(queued)
+                break
+            self._size -= len(queued.entry.body)
+            if lane in due:
+                batch.lock_wait = 0
+        self._queued.extendleft(reversed(left))
+        for lane in due:
+            del self._aside[lane]
+        return batch if batch.queued else None
 
     def take_expired(self, now: float) -> list[Queued]:
         """Remove and return what should have been written by now."""
@@ -182,3 +228,8 @@ class Waiting:
         self._queued.clear()
         self._size = 0
         return everything
+
+
+def _lane(entry: Entry) -> int | str:
+    """What must stay in order: the entries of an owner, or of a channel that nobody owns."""
+    return entry.name if entry.owner is None else entry.owner

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from pgchan import AsyncClient, InvalidInput
 from pgchan.server.auth import ChannelAuth, Hook
 from pgchan.server.channels import channel_endpoint
-from pgchan.server.endpoint import JSON, Call, Endpoint, Site
+from pgchan.server.endpoint import Call, Endpoint, Site
 from pgchan.server.problems import Problem
 from pgchan.server.runs import json_answer, run_endpoint, run_endpoints, runs_endpoint
 from pgchan.server.sse import ABORT

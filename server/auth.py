@@ -1,11 +1,11 @@
 """Who may do what.
 
 An `auth` object answers two questions: who sent this request (`authenticate`), and may they do this to that channel
-(`authorize`). Nothing is allowed by default, and an exception in either denies. A run's id is a channel name, so the same
-patterns cover both.
+(`authorize`). Nothing is allowed by default, and an exception in either denies. A run's id is a channel name, so the
+same patterns cover both.
 
-Operations: read (page, long poll, stream; status and result of the run of that name) · publish · signal · cancel · start
-(a run of that id) · manage (delete, resume, journal). Lists are `manage` on "**", which is every name.
+Operations: read (page, long poll, stream; status and result of the run of that name) · publish · signal · cancel ·
+start (a run of that id) · manage (delete, resume, journal). Lists are `manage` on "**", which is every name.
 """
 
 from __future__ import annotations
@@ -144,9 +144,9 @@ class TokenAuth:
     `pgchan: {"channels": {pattern: [operation, …]}, "workflows": [name, …]}`. A pattern is a name in which a segment
     between `/` or `:` may be `*`, for any one segment, and the last one `**`, for all that follows.
 
-    keys: one key or several, or keys by `kid`: a public Ed25519 or P-256 key (an object, or PEM) verifies EdDSA or ES256,
-    a secret of at least 32 bytes HS256. The key decides on the algorithm, never the token. audience: what `aud` must
-    name. seconds_max: how far ahead `exp` may lie. Raises InvalidInput.
+    keys: one key or several, or keys by `kid`: a public Ed25519 or P-256 key (an object, or PEM) verifies EdDSA or
+    ES256, a secret of at least 32 bytes HS256. The key decides on the algorithm, never the token. audience: what `aud`
+    must name. seconds_max: how far ahead `exp` may lie. Raises InvalidInput.
     """
 
     def __init__(

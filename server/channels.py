@@ -33,7 +33,7 @@ async def read(call: Call) -> ASGIApp:
     after = parse_after(asked) if asked is not None else 0
     is_stream = call.accepted == EVENT_STREAM
     if seen is not None:
-        # A browser reconnects to its first URL, so for a stream the header wins. Who asks for a page has no such excuse.
+        # A browser reconnects to its first URL, so for a stream the header wins. For a page there is no such reason.
         if not is_stream and asked is not None and parse_after(seen) != after:
             raise bad_request("after and Last-Event-ID differ")
         after = parse_after(seen)

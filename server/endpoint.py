@@ -258,7 +258,8 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         given = request.headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        given_id = given if _REQUEST_ID.fullmatch(given) else None
+        request_id = given_id or secrets.token_hex(8)
         started = False
 
         async def send_with_headers(message: Message) -> None:
@@ -290,7 +291,7 @@ class Endpoint:
             if started:
                 return  # a stream that cannot go on is cut; the reader resumes from its cursor
             # A 403 carries only the id that the caller gave, so that it says nothing about whether a channel exists.
-            response = found.response((given or None) if found.status == 403 else request_id)
+            response = found.response(given_id if found.status == 403 else request_id)
             await response(scope, receive, send_with_headers)
 
     async def _answer(self, request: Request) -> ASGIApp:

@@ -38,8 +38,9 @@ class Problem(Exception):
     """An answer that is an error. `facts` are further members of the JSON object."""
 
     def __init__(
-        self, status: int, code: str, detail: str | None = None, *, headers: Mapping[str, str] | None = None, **facts: Any
-    ) -> None:
+        self, status: int, code: str, detail: str | None = None, *, headers: Mapping[str, str] | None = None,
+        **facts: Any,
+    ) -> None:  # fmt: skip
         super().__init__(detail or code)
         self.status = status
         self.code = code
@@ -80,7 +81,7 @@ def unavailable() -> Problem:
 
 
 def problem(error: Exception) -> Problem:
-    """What to answer for an exception. One that is no `pgchan.Error` is ours to mend: 500, and nothing about it is said."""
+    """What to answer for an exception. Anything but a `pgchan.Error` is ours to mend: 500, and no more is said."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, errors.Unavailable | TimeoutError):

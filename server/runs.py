@@ -1,6 +1,7 @@
 """/runs: start, look, wait for the result, signal, cancel, resume.
 
-A run's id may have slashes, so its last segment decides: `/runs/a/b/cancel` cancels `a/b`. No id may end in one of these.
+A run's id may have slashes, so its last segment decides: `/runs/a/b/cancel` cancels `a/b`. No id may end in one of
+these words.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """An ASGI server, uvicorn, that ends within two seconds of SIGTERM, whoever is still reading.
 
-What happens then: the listeners close, so that readers come back to another process; streams and long polls end, each at
-a moment of its own within DRAIN_SECONDS; what else is under way has until GRACE_SECONDS.
+What happens then: the listeners close, so that readers come back to another process; streams and long polls end, each
+at a moment of its own within DRAIN_SECONDS; what else is under way has until GRACE_SECONDS.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@
     data: {"channel":"chat/42","position":43,…}
 
 The first block, which has an id and nothing else, lets a reader that is cut before its first message come back to the
-same place. `event: reset` says that this place is lost and where reading goes on, `event: end` that the channel is closed
-and all was read. A body that just ends means "to be continued".
+same place. `event: reset` says that this place is lost and where reading goes on, `event: end` that the channel is
+closed and all was read. A body that just ends means "to be continued".
 
 The frame of a message is made once and kept with the message, which all readers of the process share. What is sent is
 always whole frames, many at a time where many are there.

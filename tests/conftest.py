@@ -12,12 +12,13 @@ import itertools
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import psycopg
 import pytest
 from cluster import Cluster, on_database
+from doors import Door, Reading
 from psycopg import sql
 
 from pgchan import dsn as dsns
@@ -226,3 +227,34 @@ def _text_of(predicate: Callable[[], Any]) -> str:
         return inspect.getsource(predicate).strip()
     except (OSError, TypeError):
         return repr(predicate)
+
+
+# ---- one suite, both doors; see doors.py
+
+
+@pytest.fixture(params=["async", "blocking"])
+async def door(request: pytest.FixtureRequest, dsn: str) -> AsyncIterator[Door]:
+    """Makes clients of both kinds, one kind after the other, on this test's database."""
+    door = Door(request.param, dsn)
+    yield door
+    await door.close()
+
+
+@pytest.fixture
+def client(door: Door) -> Any:
+    """A client of either kind, with methods to await."""
+    return door.client()
+
+
+@pytest.fixture
+async def reading() -> AsyncIterator[Callable[[Any], Reading]]:
+    """Collect what a tail gives: `reading(channel.tail())`."""
+    started: list[Reading] = []
+
+    def read(tail: Any) -> Reading:
+        started.append(Reading(tail))
+        return started[-1]
+
+    yield read
+    for one in started:
+        await one.stop()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,18 +30,22 @@ def promised(path: Path) -> list[str]:
     return comment[1:]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_example_prints_what_its_last_comment_says(name: str, dsn: str) -> None:
+def run(name: str, dsn: str, **variables: str) -> list[str]:
+    """The lines that an example prints, run as its docstring says."""
     environment = os.environ | {"PGCHAN_DSN": dsn, "RESEARCH_PACE": "0", "PYTHONIOENCODING": "utf-8"}
     environment.pop("OPENAI_BASE_URL", None)
     ran = subprocess.run(
         [sys.executable, "-m", f"pgchan.examples.{name}"],
-        env=environment, capture_output=True, text=True, encoding="utf-8", timeout=RUN_SECONDS, check=False,
+        env=environment | variables, capture_output=True, text=True, encoding="utf-8", timeout=RUN_SECONDS, check=False,
     )  # fmt: skip
     assert (ran.returncode, ran.stderr) == (0, "")
-    lines = promised(EXAMPLES / f"{name}.py")
+    return ran.stdout.splitlines()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_prints_what_its_last_comment_says(name: str, dsn: str) -> None:
+    printed, lines = run(name, dsn), promised(EXAMPLES / f"{name}.py")
     # The report depends on the Python that is installed; what counts is how it ends.
-    printed = ran.stdout.splitlines()
     assert (printed[-len(lines) :] if name == "research" else printed) == lines
 
 
@@ -45,3 +54,51 @@ def test_each_example_says_in_one_sentence_what_it_shows() -> None:
         first = (EXAMPLES / f"{name}.py").read_text("utf-8").splitlines()[0]
         assert first.startswith('"""'), f"{name} has no docstring"
         assert first.endswith("."), f"{name}: the first line of the docstring is not a sentence"
+
+
+class Model(ThreadingHTTPServer):
+    """Speaks as an OpenAI-compatible server does, three pieces for each request."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Completion)
+        self.asked: list[dict[str, Any]] = []
+
+
+class _Completion(BaseHTTPRequestHandler):
+    server: Model
+
+    def do_POST(self) -> None:
+        assert self.path == "/v1/chat/completions"
+        assert self.headers["Authorization"] == "Bearer key"
+        self.server.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        deltas = [{"role": "assistant"}, *({"content": piece} for piece in ("words ", "of a ", "model"))]
+        for choices in [*([{"index": 0, "delta": delta}] for delta in deltas), []]:
+            self.wfile.write(b"data: " + json.dumps({"choices": choices}).encode() + b"\n\n")
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def model() -> Iterator[Model]:
+    made = Model()
+    thread = threading.Thread(target=made.serve_forever, args=(0.02,))
+    thread.start()
+    yield made
+    made.shutdown()
+    thread.join()
+    made.server_close()
+
+
+def test_the_agent_streams_from_a_model_when_one_is_named(model: Model, dsn: str) -> None:
+    address = f"http://127.0.0.1:{model.server_port}/v1/"
+    printed = run("research", dsn, OPENAI_BASE_URL=address, OPENAI_API_KEY="key", OPENAI_MODEL="small")
+    assert printed.count("words of a model") == 4
+    assert [(asked["model"], asked["stream"]) for asked in model.asked] == [("small", True)] * 4
+    assert "asyncio queues" in model.asked[0]["messages"][1]["content"]

@@ -5,7 +5,7 @@ drop view
   pgchan.run_status,
   pgchan.worker_status;
 drop routine
-  pgchan.append(bigint[], text[], text[], bigint[], bigint[], integer[], bigint[], integer[], integer[], smallint[], text[], text[], integer[], bigint[], bytea[]),
+  pgchan.append(bigint[], text[], text[], bigint[], bigint[], integer[], bigint[], integer[], integer[], smallint[], text[], text[], integer[], bigint[], bytea[], integer),
   pgchan.append_one(bigint, integer, text, text, bytea),
   pgchan.as_json(bytea, text),
   pgchan.call_deliver(text, bytea, text, text, bigint, bigint, timestamp with time zone, bigint, text),
@@ -42,7 +42,7 @@ drop routine
   pgchan.trim_channel(text, bigint, integer),
   pgchan.version(),
   pgchan.wake(bigint[], bigint[], boolean, text[]),
-  pgchan.write(bigint[], text[], text[], bigint[], bigint[], integer[], bigint[], integer[], integer[], smallint[], text[], text[], integer[], bigint[], bytea[], bigint[], bigint[], bigint[], text[], timestamp with time zone, bigint[], timestamp with time zone[]);
+  pgchan.write(bigint[], text[], text[], bigint[], bigint[], integer[], bigint[], integer[], integer[], smallint[], text[], text[], integer[], bigint[], bytea[], integer, bigint[], bigint[], bigint[], text[], timestamp with time zone, bigint[], timestamp with time zone[]);
 drop table
   pgchan.channels,
   pgchan.messages,
