@@ -36,8 +36,9 @@ from pgchan.wakeups import SWEEP_SECONDS, Watch
 from pgchan.workflows import DEFAULT_QUEUE, Workflow
 
 CLAIM_MAX = 100  # runs per claim; more in one transaction would keep others waiting
-UNKNOWN_SECONDS = 10.0  # how often to look for runs that nobody here has code for
-EXPIRE_SECONDS = 10.0  # how often to remove expired channels
+HOUSEKEEPING_SECONDS = 10.0  # how often to look for runs without code, and to remove expired channels
+CHECK_SECONDS = 5.0  # how often to compare what is executed with what is held
+DEADLINE_CHECK = 0.02  # of the lease: how late a passed deadline is noticed
 FINISH_SECONDS_MAX = 1.0  # longest pause between tries to record a run's end
 LEASE_SECONDS_MIN = 1.0  # below it a busy machine looks dead
 
@@ -73,7 +74,7 @@ class Worker:
         self._dirty: set[int] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False
-        self._suspended = False  # the deadline has passed: no claims until the lock is held again
+        self._check_due = 0.0  # time.monotonic() at which to compare with what the database says
         self._claim_soon = asyncio.Event()
         self._inbox_soon = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -136,6 +137,7 @@ class Worker:
         background = [
             asyncio.create_task(self._forever(self._pump_inbox), name="pgchan inbox"),
             asyncio.create_task(self._forever(self._housekeeping), name="pgchan housekeeping"),
+            asyncio.create_task(self._forever(lambda: self._keep_deadline(liveness)), name="pgchan deadline"),
         ]
         log.info("worker %s (%d) claims from %s", self.name, self.id, ", ".join(self.queues))
         self._started.set()
@@ -188,7 +190,7 @@ class Worker:
                 await asyncio.sleep(SWEEP_SECONDS)
 
     async def _housekeeping(self) -> None:
-        await asyncio.sleep(UNKNOWN_SECONDS)
+        await asyncio.sleep(HOUSEKEEPING_SECONDS)
         db = self.client._use()
         for workflow, count in await db.fetch(sql.UNKNOWN_WORKFLOWS, list(self.queues), list(self.workflows)):
             if workflow not in self._warned:
@@ -211,7 +213,8 @@ class Worker:
     def _on_held(self, id: int, again: bool) -> None:
         self.id = id
         if again:  # the server may have lost what it had promised: ask which runs are still ours
-            self._spawn(self._check_held())
+            self._check_due = 0.0
+            self._claim_soon.set()
 
     def _on_lost(self, reason: str) -> None:
         log.info("worker %s lost its lock connection; taking the lock back", self.name)
@@ -221,7 +224,6 @@ class Worker:
         self.id = id
         for attempt in list(self._held.values()):
             attempt.end("fenced")
-        self._suspended = False
         self._claim_soon.set()
 
     def _on_reaped(self, id: int, runs: int) -> None:
@@ -229,34 +231,38 @@ class Worker:
         self._claim_soon.set()
 
     async def _check_held(self) -> None:
+        """Make what this worker executes and what the database says it holds the same.
+
+        Called by the claiming task only, so no claim is under way: a run that is held and not executed was claimed by a
+        statement whose answer was lost.
+        """
         held = {row[0]: row[1] for row in await self.client._use().fetch(sql.HELD, self.id)}
         for channel_id, attempt in list(self._held.items()):
             if held.get(channel_id) != attempt.claimed.epoch:
                 attempt.end("fenced")
         if strangers := [channel_id for channel_id in held if channel_id not in self._held]:
             await self.client._use().call(sql.RELEASE, self.id, strangers)
-        self._suspended = False
-        self._claim_soon.set()
+        self._check_due = time.monotonic() + CHECK_SECONDS
 
-    def _keep_deadline(self, liveness: Liveness) -> bool:
-        """Whether this worker may act; if not, its runs are stopped."""
-        if liveness.alive:
-            if self._suspended:
-                self._spawn(self._check_held())
-            return not self._suspended
-        if not self._suspended:
-            self._suspended = True
-            log.warning("worker %s cannot reach the database; it stops its %d runs", self.name, len(self._held))
-            for attempt in list(self._held.values()):
+    async def _keep_deadline(self, liveness: Liveness) -> None:
+        """Stop all runs when this worker may no longer act. A task of its own: claiming may be waiting for an answer."""
+        await asyncio.sleep(self._lease * DEADLINE_CHECK)
+        if not liveness.alive and self._held:
+            self._check_due = 0.0
+            running = [attempt for attempt in self._held.values() if attempt.over is None]
+            if running:
+                log.warning("worker %s cannot reach the database; it stops its %d runs", self.name, len(running))
+            for attempt in running:
                 attempt.end("unavailable")
-        return False
 
     # -- claiming
 
     async def _claim_loop(self, liveness: Liveness) -> None:
         self._claim_soon.clear()
-        if self._keep_deadline(liveness):
+        if liveness.alive:
             try:
+                if time.monotonic() >= self._check_due:
+                    await self._check_held()
                 while not self._stopping and (room := min(CLAIM_MAX, self.concurrency - len(self._held))) > 0:
                     if await self._claim(room) < room:
                         break
@@ -283,7 +289,7 @@ class Worker:
         try:
             rows = await db.fetch_claims(sql.CLAIM, self.id, list(self.queues), list(self.workflows), most)
         except errors.Indefinite:
-            await self._check_held()  # what may have been claimed goes back
+            self._check_due = 0.0  # what may have been claimed goes back
             raise
         for row in rows:
             self._begin(Claimed(*row))

@@ -61,8 +61,10 @@ class EventStream:
         self._channel = channel
         self._view = view
         self._resumed = resumed
+        self._after = after
         self._tail = channel.tail(after=after, view=view)
-        self._start_cursor = names.format_cursor(0, 0) if after == 0 else self._tail.cursor
+        # Where this reader stood before its first message; None until the database was asked.
+        self._cursor = names.format_cursor(0, 0) if after == 0 else self._tail.cursor
         self._is_open = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,6 +90,7 @@ class EventStream:
         found: list[Message] | None = []
         try:
             async with asyncio.timeout(FIRST_SECONDS):
+                await self._place()
                 found = await self._tail.next_page(0.0)
         except (TimeoutError, Unavailable):
             is_late = True
@@ -98,37 +101,61 @@ class EventStream:
             return b""
         await self._open(200)
         block = f"retry: {random.randint(*RETRY_MS)}\n".encode()  # noqa: S311
-        cursor = self._start_cursor or (None if found else self._tail.cursor)
-        if cursor is not None:
-            block += f"id: {cursor}\n".encode()
+        if self._cursor is not None:
+            block += f"id: {self._cursor}\n".encode()
         await self._write(block + b"\n" + (WAITING if is_late else b""))
         while found is not None:
             if found:
                 for chunk in in_chunks(frame(message) for message in found):
                     await self._write(chunk)
-            found = await self._next(is_placed=cursor is not None or bool(found))
-            cursor = self._tail.cursor
+            found = await self._next()
+        cursor = self._tail.cursor or self._cursor
         return _event("end", {"cursor": cursor}, cursor)
 
-    async def _next(self, *, is_placed: bool) -> list[Message] | None:
+    async def _place(self) -> None:
+        """Find the cursor of a bare position, or of "now", so that a reader that is cut at once can name its place."""
+        if self._cursor is not None:
+            return
+        if self._after == "now":
+            self._cursor = (await self._channel.page(after="now")).cursor
+        else:
+            before = int(self._after) - 1
+            try:
+                found = (await self._channel.page(after=before, limit=1, view="raw")).messages
+            except Reset as reset:
+                if int(reset.cursor[:16]) != self._after:
+                    raise
+                self._cursor = reset.cursor  # of a position that is the trim boundary
+            else:
+                if not found:
+                    return  # past the head: the tail says so
+                self._cursor = found[0].cursor
+        self._tail.unfollow()
+        self._tail = self._channel.tail(after=self._cursor, view=self._view)
+
+    async def _next(self) -> list[Message] | None:
         """The next page; while nothing comes, a sign of life is sent instead, and an empty page returned."""
+        sign = HEARTBEAT
+        found: list[Message] | None = []
         try:
             async with asyncio.timeout(HEARTBEAT_SECONDS + AWAY_SECONDS):
-                found = await self._tail.next_page(HEARTBEAT_SECONDS if is_placed else 0.0)
+                if self._cursor is None:
+                    await self._place()
+                    sign = f"id: {self._cursor}\n\n".encode() if self._cursor else sign
+                if sign is HEARTBEAT:
+                    found = await self._tail.next_page(HEARTBEAT_SECONDS)
         except TimeoutError:
-            await self._write(WAITING)
-            return []
+            sign = WAITING
         except Unavailable:
-            await self._write(WAITING)
             await asyncio.sleep(AWAY_SECONDS)
-            return []
+            sign = WAITING
         except Reset as reset:
-            await self._write(_reset_event(reset))
+            sign = _reset_event(reset)
+            self._cursor = reset.cursor
             self._tail.unfollow()
             self._tail = self._channel.tail(after=reset.cursor, view=self._view)
-            return []
         if found == []:
-            await self._write(HEARTBEAT if is_placed else f"id: {self._tail.cursor}\n\n".encode())
+            await self._write(sign)
         return found
 
     async def _open(self, status: int) -> None:
