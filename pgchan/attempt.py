@@ -163,6 +163,17 @@ class Attempt:
         if self.over is not None:
             raise errors.fenced(self.claimed.run)
 
+    async def still_ours(self) -> None:
+        """Raise Fenced if this attempt has ended.
+
+        In the workflow's own task the cancellation is raised again: code that catches every Exception and tries again
+        would else never come to an end.
+        """
+        if self.over is not None and self.task is not None and self.task is asyncio.current_task():
+            self.task.cancel()
+            await asyncio.sleep(0)
+        self.check()
+
     def forget(self) -> None:
         """Give back what the attempt occupies in the writer."""
         self._writer.heads.pop(self.claimed.channel_id, None)
@@ -209,7 +220,7 @@ class Attempt:
     async def _may_write(self) -> None:
         if self._gate is not None:
             await self._gate.wait()
-        self.check()
+        await self.still_ours()
         if self._refused is not None:
             raise self._refused
         await self._writer.room()

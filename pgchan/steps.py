@@ -91,6 +91,7 @@ class Run:
         Raises what the function raised in its last try (StepFailed when only the record of it is left), Interrupted,
         StepMismatch, InvalidInput (a step inside a step, a result that is not JSON), Fenced.
         """
+        await self._attempt.still_ours()
         declared = fn if isinstance(fn, Step) else None
         function = declared.fn if declared else fn
         if not callable(function):
@@ -210,7 +211,7 @@ class Run:
         """
         names.check_optional_seconds(timeout, "timeout")
         attempt = self._attempt
-        attempt.check()
+        await attempt.still_ours()
         if (step := current_step.get()) is not None and not step.passed:
             signal = await attempt.next_signal(timeout, may_leave=False)
             if signal is not None:

@@ -190,7 +190,6 @@ class Worker:
                 await asyncio.sleep(SWEEP_SECONDS)
 
     async def _housekeeping(self) -> None:
-        await asyncio.sleep(HOUSEKEEPING_SECONDS)
         db = self.client._use()
         for workflow, count in await db.fetch(sql.UNKNOWN_WORKFLOWS, list(self.queues), list(self.workflows)):
             if workflow not in self._warned:
@@ -200,6 +199,7 @@ class Worker:
                     count, workflow, self.name,
                 )  # fmt: skip
         await db.call(sql.EXPIRE)
+        await asyncio.sleep(HOUSEKEEPING_SECONDS)
 
     # -- liveness tells
 
@@ -233,8 +233,8 @@ class Worker:
     async def _check_held(self) -> None:
         """Make what this worker executes and what the database says it holds the same.
 
-        Called by the claiming task only, so no claim is under way: a run that is held and not executed was claimed by a
-        statement whose answer was lost.
+        Called by the claiming task only, so no claim is under way: a run that is held and not executed was claimed by
+        a statement whose answer was lost.
         """
         held = {row[0]: row[1] for row in await self.client._use().fetch(sql.HELD, self.id)}
         for channel_id, attempt in list(self._held.items()):

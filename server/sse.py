@@ -86,15 +86,12 @@ class EventStream:
 
     async def _stream(self) -> bytes:
         """Send all there is and all that comes; returns the frame for the end."""
-        is_late = False
         found: list[Message] | None = []
         try:
             async with asyncio.timeout(FIRST_SECONDS):
                 await self._place()
                 found = await self._tail.next_page(0.0)
-        except (TimeoutError, Unavailable):
-            is_late = True
-        except Reset:
+        except (TimeoutError, Unavailable, Reset):
             pass  # met again below, and told there
         if found is None and self._resumed:
             await self._open(204)
@@ -103,7 +100,7 @@ class EventStream:
         block = f"retry: {random.randint(*RETRY_MS)}\n".encode()  # noqa: S311
         if self._cursor is not None:
             block += f"id: {self._cursor}\n".encode()
-        await self._write(block + b"\n" + (WAITING if is_late else b""))
+        await self._write(block + b"\n" + (b"" if found else self._sign(b"")))
         while found is not None:
             if found:
                 for chunk in in_chunks(frame(message) for message in found):
@@ -135,14 +132,14 @@ class EventStream:
 
     async def _next(self) -> list[Message] | None:
         """The next page; while nothing comes, a sign of life is sent instead, and an empty page returned."""
-        sign = HEARTBEAT
+        sign = b""
         found: list[Message] | None = []
         try:
             async with asyncio.timeout(HEARTBEAT_SECONDS + AWAY_SECONDS):
                 if self._cursor is None:
                     await self._place()
-                    sign = f"id: {self._cursor}\n\n".encode() if self._cursor else sign
-                if sign is HEARTBEAT:
+                    sign = f"id: {self._cursor}\n\n".encode() if self._cursor else b""
+                if not sign:
                     found = await self._tail.next_page(HEARTBEAT_SECONDS)
         except TimeoutError:
             sign = WAITING
@@ -155,8 +152,12 @@ class EventStream:
             self._tail.unfollow()
             self._tail = self._channel.tail(after=reset.cursor, view=self._view)
         if found == []:
-            await self._write(sign)
+            await self._write(sign or self._sign(HEARTBEAT))
         return found
+
+    def _sign(self, alive: bytes) -> bytes:
+        """A sign of life: `alive`, or that the database cannot be heard just now."""
+        return alive if self._call.client.health == "listening" else WAITING
 
     async def _open(self, status: int) -> None:
         self._is_open = True
