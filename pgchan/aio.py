@@ -331,6 +331,15 @@ class AsyncRunHandle:
         """
         await runs.resume(self._client._use(), self.id)
 
+    async def fork(self, step: str, *, id: str | None = None) -> AsyncRunHandle:
+        """Start another run that has this one's record up to, and without, a step; it goes on from there.
+
+        step: a name in the journal. id: of the new run; forking to it again returns the same run.
+        Raises RunNotFound, InvalidInput (no such step), RunConflict (the id was used for something else).
+        """
+        new, created = await runs.fork(self._client._use(), self.id, step, id)
+        return AsyncRunHandle(self._client, new, created=created)
+
     def tail(self, *, after: int | str = 0, view: str = "final") -> AsyncTail:
         """What the run says, as channel.tail; ends when the run has ended."""
         return self.channel.tail(after=after, view=view)

@@ -133,6 +133,11 @@ class BlockingRun:
         return BlockingChild(self, child)
 
 
+    def continue_as(self, *args: Any, **kwargs: Any) -> None:
+        """See Run.continue_as."""
+        self._wait(self._run.continue_as(*args, **kwargs))
+
+
 class BlockingChild:
     """A run that was started by this one. See Child."""
 

@@ -142,6 +142,21 @@ async def resume(db: Db, run: str) -> None:
         raise errors.InvalidInput(f"run {run!r} is {outcome}; only a failed run can be resumed")
 
 
+async def fork(db: Db, run: str, step: str, id: str | None) -> tuple[str, bool]:
+    """Start a run from another's record; see RunHandle.fork. The new id, and whether this call started it."""
+    names.check_key(step)
+    new = names.check_run(id) if id is not None else names.new_run_id()
+    try:
+        (outcome, _) = await db.call(sql.FORK, run, step, new)
+    except errors.Indefinite:  # the id is the key: asking again finds what the first call did
+        (outcome, _) = await db.call(sql.FORK, run, step, new)
+    if outcome == "missing":
+        raise errors.run_not_found(run)
+    if outcome == "unrecorded":
+        raise errors.InvalidInput(f"run {run!r} has recorded no step {step!r}; its journal() has the names")
+    return new, started(new, outcome)
+
+
 async def journal_name(db: Db, run: str) -> str:
     """The name of the channel that holds the run's results."""
     rows = await db.fetch(sql.RUN_JOURNAL, run)

@@ -159,6 +159,7 @@ select d.outcome, d.channel_id, d."position", d.at, d.head, d.ready,
        pgchan.wake(array[d.channel_id], array[d.head], false, array[d.ready])
 from pgchan.deliver($1::text, $2::bytea, $3::text) d
 """
+FORK = "call pgchan.call_fork($1::text, $2::text, $3::text, null, null)"
 CANCEL = "select pgchan.cancel($1::text)"
 RESUME = "select pgchan.resume($1::text)"
 
@@ -243,6 +244,7 @@ order by f.id, m."position"
 """
 FINISH = "call pgchan.call_finish($1::bigint, $2::bigint, $3::text, $4::bytea, $5::bytea, null, null)"
 SUSPEND = "select pgchan.suspend($1::bigint, $2::bigint, $3::timestamptz, $4::bigint, $5::text[])"
+CONTINUE = "select pgchan.continue_run($1::bigint, $2::bigint, $3::bytea)"
 RELEASE = "select pgchan.release($1::integer, $2::bigint[])"
 # Which runs this worker still owns, by the database's word.
 HELD = """

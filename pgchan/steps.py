@@ -16,7 +16,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
 from datetime import UTC, datetime, timedelta
-from typing import Any, ParamSpec, TypeVar, cast, overload
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast, overload
 
 from pgchan import codec, errors, names, runs, sql
 from pgchan.attempt import STEP_SHOWN_SECONDS, Attempt, Passed, StepContext, current_step
@@ -25,7 +25,7 @@ from pgchan.journal import Recorded
 from pgchan.model import Message, Retry, RunStatus
 from pgchan.points import point
 from pgchan.transactions import Transaction
-from pgchan.workflows import Step, Workflow, check_retry
+from pgchan.workflows import Step, Workflow, check_retry, encode_input
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -338,6 +338,27 @@ class Run:
         finally:
             attempt.busy -= 1
         return Child(self, values[0])
+
+    async def continue_as(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """End this execution and begin the workflow anew with these arguments: same id, same channel, empty journal.
+
+        For runs that never end: what was recorded is removed. Signals that were not consumed wait for the new one.
+        """
+        attempt = self._attempt
+        await attempt.still_ours()
+        if current_step.get() is not None:
+            raise InvalidInput("run.continue_as belongs into the workflow, not into a step")
+        raw = encode_input(attempt.workflow, args, kwargs)
+        attempt.busy += 1
+        try:
+            await attempt.flushed()
+            with contextlib.suppress(errors.Indefinite):  # if it was done, this attempt is fenced and ends all the same
+                await attempt.db.call(sql.CONTINUE, attempt.claimed.channel_id, attempt.claimed.epoch, raw)
+        finally:
+            attempt.busy -= 1
+        attempt.end("continued")
+        await attempt.still_ours()
+        raise AssertionError("an ended attempt goes on")
 
     async def _record(self, name: str, value: Any, signals: list[Message]) -> None:
         attempt = self._attempt

@@ -330,6 +330,15 @@ class RunHandle:
         """
         drive(runs.resume(self._client._use(), self.id))
 
+    def fork(self, step: str, *, id: str | None = None) -> RunHandle:
+        """Start another run that has this one's record up to, and without, a step; it goes on from there.
+
+        step: a name in the journal. id: of the new run; forking to it again returns the same run.
+        Raises RunNotFound, InvalidInput (no such step), RunConflict (the id was used for something else).
+        """
+        new, created = drive(runs.fork(self._client._use(), self.id, step, id))
+        return RunHandle(self._client, new, created=created)
+
     def tail(self, *, after: int | str = 0, view: str = "final") -> ChannelTail:
         """What the run says, as channel.tail; ends when the run has ended."""
         return self.channel.tail(after=after, view=view)

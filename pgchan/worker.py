@@ -359,9 +359,9 @@ class Worker:
             await attempt.load()
             value = await self._call(attempt)
             await self._succeed(attempt, value)
-        except errors.Fenced as error:
-            if attempt.over is None:  # the user's own, or a child's
-                await self._fail(attempt, error)
+        except (errors.Unavailable, errors.Indefinite) as error:
+            log.warning("run %s goes back to its queue: %s", claimed.run, error)
+            attempt.end("unavailable")
         except Exception as error:
             if attempt.over is None:
                 await self._fail(attempt, error)

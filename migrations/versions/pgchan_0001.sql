@@ -782,6 +782,77 @@ begin
   return 'resumed';
 end $$;
 
+-- Start a run that begins with what another has recorded before a step, with the same workflow and input. Outcomes are
+-- those of `enqueue`, missing (no such run) and unrecorded (it has no such step). Idempotent by id.
+create function pgchan.fork(run text, step text, id text, out outcome text, out ready text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_variable
+declare
+  source pgchan.runs;
+  journal bigint;
+  before bigint;
+begin
+  perform pgchan.force_durability();
+  select r.* into source from pgchan.runs r join pgchan.channels c on c.id = r.channel_id where c.name = run;
+  if not found then
+    outcome := 'missing';
+    return;
+  end if;
+  select m."position" into before from pgchan.messages m where m.channel_id = source.journal_id and m.key = step;
+  if not found then
+    outcome := 'unrecorded';
+    return;
+  end if;
+  select e.outcome, e.ready into outcome, ready
+    from pgchan.enqueue(id, source.workflow, source.version, source.queue, source.priority, null, null, source.input,
+                        null) e;
+  if outcome <> 'started' then
+    return;
+  end if;
+  select r.journal_id into journal from pgchan.runs r join pgchan.channels c on c.id = r.channel_id where c.name = id;
+  insert into pgchan.messages (channel_id, "position", at, kind, key, step, attempt, void_from, body)
+    select journal, m."position", m.at, m.kind, m.key, m.step, m.attempt, m.void_from, m.body
+    from pgchan.messages m where m.channel_id = source.journal_id and m."position" < before;
+  update pgchan.channels c set head = before - 1 where c.id = journal;
+end $$;
+
+-- `fork`, durable, then announced.
+create procedure pgchan.call_fork(run text, step text, id text, inout outcome text, inout ready text)
+language plpgsql as $$
+#variable_conflict use_variable
+begin
+  select f.outcome, f.ready into outcome, ready from pgchan.fork(run, step, id) f;
+  commit;
+  perform pgchan.wake(null, null, true, array[ready]);
+end $$;
+
+-- Begin a run anew, under the same id and on the same channel, with other arguments and an empty journal; what the old
+-- one recorded is removed. Signals that were not consumed wait for the new one. Outcomes: continued, fenced.
+create function pgchan.continue_run(run bigint, epoch bigint, input bytea) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+declare
+  old bigint;
+  new bigint;
+  queue text;
+begin
+  perform pgchan.force_durability();
+  if not pgchan.owns(run, epoch) then
+    return 'fenced';
+  end if;
+  perform pgchan.supersede(array[run]);
+  select r.journal_id into old from pgchan.runs r where r.channel_id = run;
+  insert into pgchan.channels as c (name) values ('pgchan:journal:' || run || ':' || continue_run.epoch)
+    returning c.id into new;
+  update pgchan.runs r set journal_id = new, input = continue_run.input, state = 'scheduled', worker = null,
+                           speaks_from = (select c.head + 1 from pgchan.channels c where c.id = run)
+    where r.channel_id = run returning r.queue into queue;
+  delete from pgchan.messages m where m.channel_id = old;
+  delete from pgchan.channels c where c.id = old;
+  perform pgchan.wake(null, null, false, array[queue]);
+  return 'continued';
+end $$;
+
 -- ------------------------------------------------------------------------------------------------ workers
 
 -- A fresh id for a worker. It takes the lock on it first and registers then: a row without a lock means death.
