@@ -54,7 +54,7 @@ class AsyncpgDb:
         self._opening = asyncio.Lock()
         self._pooled = False  # whether the DSN leads through a pooler
         self._known: dict[str, Known] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None  # of the client's first use
         self._announcing: set[asyncio.Future[None]] = set()
         self.stats: dict[str, int] = {"reads": 0, "writes": 0, "entries": 0, "pages": 0}
         self.writer = Writer(self)
@@ -144,12 +144,16 @@ class AsyncpgDb:
 
     async def open(self) -> None:
         """Connect and check; retried while the server cannot be reached."""
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         await self._persist(self._open, writing=False)
 
     async def close(self) -> None:
         """Send what waits, then end tasks and connections."""
         await self.writer.close()
+        if self._announcing:
+            await asyncio.wait(self._announcing, timeout=CONNECT_SECONDS)
+        for task in self._announcing:
+            task.cancel()
         await self.listener.close()
         if self._pool is not None:
             try:
@@ -202,6 +206,9 @@ class AsyncpgDb:
             self.stats["pages"] += 1
             rows: list[Row] = await connection.fetch(statement, *args, timeout=CALL_SECONDS)
             return rows
+        except asyncpg.ReadOnlySQLTransactionError:  # not the primary any more: connect anew, perhaps to another host
+            connection.terminate()
+            raise
         finally:
             await pool.release(connection)
 
@@ -290,10 +297,11 @@ class AsyncpgDb:
             async with asyncio.timeout(seconds):
                 await ending.event.wait()
         ending.event.clear()
+        self.listener.check_open()
 
     def announce(self, ids: list[int], heads: list[int], created: bool, queues: list[str]) -> None:
         """Send wakeups for what a caller's transaction has committed; if that fails, the sweeps find it."""
-        loop = self._loop
+        loop = self.loop
         if loop is not None and not loop.is_closed():
             loop.call_soon_threadsafe(self._announce_soon, ids, heads, created, queues)
 
@@ -350,9 +358,10 @@ class Writer:
             self._room.clear()
             await self._room.wait()
 
-    def put(self, entry: Entry, settle: Settle | None) -> None:
-        """Add an entry to the next batch; `settle` is called once with what became of it."""
-        self._waiting.put(Queued(entry, settle, time.monotonic() + self._db.patience))
+    def put(self, entry: Entry, settle: Settle | None, *, more: bool = False) -> None:
+        """Add an entry to the next batch; `settle` is called once with what became of it. more: the next entry that is
+        put must be in the same batch."""
+        self._waiting.put(Queued(entry, settle, time.monotonic() + self._db.patience, more))
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="pgchan writer")
         elif not self._busy:
@@ -433,24 +442,29 @@ class Writer:
 
     def _drop_expired(self, batch: Batch) -> list[Queued]:
         now = time.monotonic()
-        expired = [queued for queued in batch.queued if queued.deadline <= now] + self._waiting.take_expired(now)
-        if any(queued in batch.queued for queued in expired):
-            self._waiting.put_back([queued for queued in batch.queued if queued.deadline > now])
+        if any(queued.deadline <= now for queued in batch.queued):
+            self._waiting.put_back(batch.queued)
             batch.queued = []
-        return expired
+        return self._waiting.take_expired(now)
 
     async def _connected(self) -> Connection | None:
         if self._connection is not None and not self._connection.is_closed():
             return self._connection
+        connection = None
         try:
-            self._connection = await self._db.connect("writer")
-            self._backend = await self._connection.fetchrow(sql.WHO_AM_I)
+            connection = await self._db.connect("writer")
+            self._backend = await connection.fetchrow(sql.WHO_AM_I, timeout=CONNECT_SECONDS)
         except DRIVER_ERRORS:
-            self._connection = None
-        return self._connection
+            if connection is not None:
+                connection.terminate()
+            connection = None
+        self._connection = connection
+        return connection
 
     async def _failed(self, batch: Batch, error: errors.Error) -> None:
         if isinstance(error, errors.Unavailable):  # known not to be done
+            if self._connection is not None:  # whatever is wrong with it, e.g. it is not the primary any more
+                self._connection.terminate()
             self._waiting.put_back(batch.queued)
             _settle_all(self._waiting.take_expired(time.monotonic()), error)
             await asyncio.sleep(db.backoff(1))
@@ -489,8 +503,12 @@ class Writer:
             again = [queued for queued in batch.queued if queued.entry.key is not None]
             _settle_all([queued for queued in batch.queued if queued.entry.key is None], doubt)
             self._waiting.put_back(again)
-        elif not found:  # the batch did not commit
-            self._waiting.put_back(batch.queued)
+        elif not found:
+            # What an owner wrote is not there: the batch did not commit, or the owner was superseded and only its own
+            # entries were refused. Of the others only those with a key can be sent again without a doubt.
+            safe = [queued for queued in batch.queued if queued.entry.owner is not None or queued.entry.key is not None]
+            _settle_all([queued for queued in batch.queued if queued not in safe], doubt)
+            self._waiting.put_back(safe)
         else:
             rest = []
             for index, queued in enumerate(batch.queued):
@@ -554,13 +572,23 @@ class Listener:
             self.state = "connecting"
             self._task = asyncio.create_task(self._run(), name="pgchan listener")
         await self._listening.wait()
+        self.check_open()
+
+    def check_open(self) -> None:
+        """Raise InvalidInput once the client is closed."""
+        if self.state == "closed":
+            raise errors.InvalidInput("this client is closed; make a new one")
 
     async def close(self) -> None:
-        """Stop listening; readers that wait are cancelled by their owners."""
+        """Stop listening; readers that wait are told that the client is closed."""
         self.state = "closed"
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        self._listening.set()
+        self.hub.everything_moved()
+        for followed in list(self._waiters):
+            self._announce(followed)
 
     async def follow(self, name: str) -> AsyncFollow:
         """Start hearing of a channel."""
@@ -596,8 +624,11 @@ class Listener:
             pass
         finally:
             if not future.done() or future.cancelled():
-                with contextlib.suppress(ValueError, KeyError):
-                    self._waiters[followed].remove(future)
+                waiters = self._waiters.get(followed, [])
+                if future in waiters:
+                    waiters.remove(future)
+                if not waiters:
+                    self._waiters.pop(followed, None)
 
     async def _run(self) -> None:
         tries = 0
@@ -703,6 +734,7 @@ class AsyncFollow:
     async def wait(self, seconds: float) -> None:
         """Until there is news, or the time is over."""
         await self._listener.changed(self.followed, seconds)
+        self._listener.check_open()
 
     def unfollow(self) -> None:
         """See Follow."""

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 LINGER_SECONDS = 1.0  # how long a run that only waits stays in memory
 STEP_SHOWN_SECONDS = 0.05  # a step that takes longer is recorded as started; shorter ones cost no extra row
 PREVIOUS_MESSAGES_MAX = 100_000  # what previous() can hold
+INBOX_SIGNALS_MAX = 1_000  # signals of a run that are read at once
 
 log = logging.getLogger("pgchan")
 
@@ -123,6 +124,8 @@ class Attempt:
         self._unsettled = 0
         self._settled = asyncio.Event()
         self._gate: asyncio.Event | None = None  # set while a transaction commits: nobody else writes
+        self._deferred: list[Entry] = []  # what could not wait for the gate
+        self._leaving: asyncio.TimerHandle | None = None
         self._published = 0
         self._refused: errors.Error | None = None
 
@@ -140,8 +143,11 @@ class Attempt:
                 tries.last = max(tries.last, outputs or 0, reset or 0)
                 if outputs is not None and outputs >= (reset or 0):
                     self._spoken[step] = outputs
-        if c.head:
-            self.take_in(await self.db.fetch(sql.INBOX, [c.channel_id], [0]))
+        more = c.head > 0
+        while more:
+            rows = await self.db.fetch(sql.INBOX, [c.channel_id], [self.seen], INBOX_SIGNALS_MAX)
+            self.take_in(rows)
+            more = len(rows) == INBOX_SIGNALS_MAX
         self._writer.heads[c.channel_id] = c.head
         self._writer.heads[c.journal_id] = c.journal_head
         point("journal_loaded")
@@ -201,11 +207,16 @@ class Attempt:
         )  # fmt: skip
 
     async def write(self, *entries: Entry) -> list[Outcome]:
-        """Write entries, durable when this returns. Ends the attempt, and raises, where one is refused."""
+        """Write entries in one commit, durable when this returns. Ends the attempt, and raises, if one is refused."""
+        return await self._write(lambda: list(entries))
+
+    async def _write(self, make: Callable[[], list[Entry]]) -> list[Outcome]:
+        """Write what `make` returns. It is called when nothing can come between it and the writer any more."""
         await self._may_write()
+        entries = make()
         receipt = _Receipt(len(entries))
         for index, entry in enumerate(entries):
-            self._writer.put(entry, receipt.settle(index))
+            self._writer.put(entry, receipt.settle(index), more=index + 1 < len(entries))
         point("checkpoint_queued")
         outcomes = await receipt.future
         for entry, outcome in zip(entries, outcomes, strict=True):
@@ -218,7 +229,7 @@ class Attempt:
         self._put_soon(entry)
 
     async def _may_write(self) -> None:
-        if self._gate is not None:
+        while self._gate is not None:
             await self._gate.wait()
         await self.still_ours()
         if self._refused is not None:
@@ -262,7 +273,7 @@ class Attempt:
     # -- steps: what a try has said, and how it ends
 
     async def begin(self, name: str) -> StepContext:
-        """The next try of a step."""
+        """The next try of a step. The caller counts as busy already: the run must not leave memory from here on."""
         if self.draining:
             self.end("stopped")
             await asyncio.sleep(0)  # cancelled here
@@ -354,7 +365,13 @@ class Attempt:
     async def record(self, step: StepContext, word: str, body: bytes) -> None:
         """Record how a step ended, in one commit with its output and the signals it consumed."""
         point("effect_done")
-        outcomes = await self.write(*self.result_entries(step, word, body))
+
+        def make() -> list[Entry]:
+            entries = self.result_entries(step, word, body)
+            step.taken = []  # on their way: whoever is cancelled from here on does not give them back
+            return entries
+
+        outcomes = await self._write(make)
         step.over = True
         value = body if word == "result" else codec.decode(body)
         at = outcomes[-1].at or datetime.now(UTC)
@@ -363,7 +380,11 @@ class Attempt:
 
     def record_soon(self, name: str, body: bytes) -> None:
         """Record a value without waiting: what is recorded later carries it along."""
-        self._put_soon(self.note(body, kind=MESSAGE, key=name, step=name, number=1))
+        entry = self.note(body, kind=MESSAGE, key=name, step=name, number=1)
+        if self._gate is None:
+            self._put_soon(entry)
+        else:
+            self._deferred.append(entry)
         self.journal.record(name, Recorded("result", body, self.now()))
 
     async def record_failure(self, step: StepContext, error: BaseException, pause: float | None) -> None:
@@ -414,6 +435,7 @@ class Attempt:
         """Signals that were taken but not consumed are pending again, in order."""
         if signals:
             self._pending = deque(sorted([*self._pending, *signals], key=lambda signal: signal.position))
+            self._signals = sorted({*self._signals, *(signal.position for signal in signals)})
             signals.clear()
             self.offer()
 
@@ -474,10 +496,15 @@ class Attempt:
             self._parked.discard(parked)
 
     def _consider_leaving(self) -> None:
-        asyncio.get_running_loop().call_later(self._linger, self._leave_if_idle)
+        if self._leaving is not None:
+            self._leaving.cancel()
+        self._leaving = asyncio.get_running_loop().call_later(self._linger, self._leave_if_idle)
 
     def _leave_if_idle(self) -> None:
-        if self.over or self.busy or not self._parked or self._suspending is not None or self._unsettled:
+        if self.over or not self._parked or self._suspending is not None:
+            return
+        if self.busy or self._unsettled:
+            self._consider_leaving()  # what is under way may be all that keeps it
             return
         timers = [parked.until for parked in self._parked if parked.until is not None]
         if timers and min(timers) - self.db.monotonic() < self._linger:
@@ -524,6 +551,9 @@ class Attempt:
         gate, self._gate = self._gate, None
         if gate is not None:
             gate.set()
+        deferred, self._deferred = self._deferred, []
+        for entry in deferred:
+            self._put_soon(entry)
 
     def moved(self, channel_id: int, head: int) -> None:
         """Note what a transaction has written past the writer."""

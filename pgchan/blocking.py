@@ -10,6 +10,8 @@ import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
+import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from datetime import datetime
 from types import TracebackType
@@ -21,10 +23,32 @@ from pgchan import callers, channels, codec, db, errors, sql
 from pgchan.attempt import Attempt, StepContext, current_step
 from pgchan.model import Message, Retry, RunStatus
 from pgchan.steps import Child, Run
-from pgchan.transactions import StandIn, is_passed, recorded_result
+from pgchan.transactions import StandIn, is_cut, is_passed, may_pass, recorded_result
 from pgchan.workflows import Workflow
 
 T = TypeVar("T")
+
+
+class Threads(concurrent.futures.Executor):
+    """A thread of its own for each call. As many as the runs of a worker ask for: with a limit, workflows could occupy
+    all of them and wait for steps that get none. Daemons: code that does not come back must not keep the process."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[T]:
+        """See Executor."""
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def call() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                value = fn(*args, **kwargs)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(value)
+
+        threading.Thread(target=call, name="pgchan run", daemon=True).start()
+        return future
 
 
 class BlockingRun:
@@ -182,17 +206,50 @@ class BlockingTransaction:
             self.result = recorded_result(self._name, self._recorded)
             self._token = current_step.set(StepContext(self._name, 0, passed=True))
             return StandIn()
-        self._step = self._run._wait(self._attempt.begin(self._name))
-        self._step.buffer = []
-        if self._engine is None:
-            self._connection = psycopg.connect(self._attempt.db.dsn, options=db.session_options(db.SESSION))
-        else:
-            from sqlalchemy.orm import Session  # noqa: PLC0415
+        self._step = self._run._wait(self._begin())
+        try:
+            if self._engine is None:
+                self._connection = self._connect()
+            else:
+                from sqlalchemy.orm import Session  # noqa: PLC0415
 
-            self._connection = Session(self._engine)
+                self._connection = Session(self._engine)
+        except BaseException:
+            self._idle()
+            raise
         self._token = current_step.set(self._step)
-        self._attempt.busy += 1
         return self._connection
+
+    async def _begin(self) -> StepContext:
+        self._attempt.busy += 1
+        try:
+            step = await self._attempt.begin(self._name)
+        except BaseException:
+            self._attempt.busy -= 1
+            raise
+        step.buffer = []
+        return step
+
+    def _idle(self) -> None:
+        def idle() -> None:
+            self._attempt.busy -= 1
+
+        self._run._loop.call_soon_threadsafe(idle)  # counted in the loop's thread only
+
+    def _connect(self) -> psycopg.Connection[Any]:
+        database = self._attempt.db
+        until = database.monotonic() + database.patience
+        tries = 0
+        while True:
+            self._attempt.check()
+            try:
+                return psycopg.connect(database.dsn, options=db.session_options(db.SESSION))
+            except psycopg.OperationalError as error:
+                tries += 1
+                pause = db.backoff(tries)
+                if database.monotonic() + pause > until:
+                    raise errors.Unavailable("the database cannot be reached") from error
+            time.sleep(pause)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -202,17 +259,26 @@ class BlockingTransaction:
         if self._recorded is not None:
             return is_passed(kind)
         assert self._step is not None
+        self._step.over = True
         try:
             if error is None:
                 self._commit(self._step)
-            else:
-                self._roll_back()
-                taken = self._step.taken
-                self._run._wait(self._run._soon(lambda: self._attempt.give_back(taken)))
+                return False
+            self._roll_back()
+            self._give_back(self._step)
+            if is_cut(error, self._engine is None and self._connection.closed):
+                self._end("unavailable")
+                raise errors.fenced(self._run.id) from error
         finally:
-            self._attempt.busy -= 1
+            self._idle()
             self._connection.close()
         return False
+
+    def _give_back(self, step: StepContext) -> None:
+        self._run._loop.call_soon_threadsafe(self._attempt.give_back, step.taken)
+
+    def _end(self, why: str) -> None:
+        self._run._loop.call_soon_threadsafe(self._attempt.end, why)
 
     def _commit(self, step: StepContext) -> None:
         run, attempt = self._run, self._attempt
@@ -222,6 +288,7 @@ class BlockingTransaction:
             run._wait(attempt.close_gate())
         except BaseException:
             self._roll_back()
+            self._give_back(step)
             raise
         try:
             entries = [*step.buffer, *run._wait(run._soon(lambda: attempt.result_entries(step, "result", body)))]
@@ -231,18 +298,20 @@ class BlockingTransaction:
                 rows.append(row)
                 if any(outcome.word not in db.STORED for outcome in batch.outcomes(row)):
                     self._roll_back()
-                    self._run._loop.call_soon_threadsafe(attempt.end, "fenced")
+                    self._end("fenced")
                     raise errors.fenced(run.id)
-            try:
-                self._connection.commit()
-            except (psycopg.Error, OSError) as error:
-                self._run._loop.call_soon_threadsafe(attempt.end, "unavailable")
-                raise errors.fenced(run.id) from error
+            self._connection.commit()
             for row in rows:
                 for channel_id, head in zip(row[0], row[1], strict=True):
                     attempt.moved(channel_id, head)
                 attempt.db.announce(list(row[0]), list(row[1]), False, [])
-            step.over = True
+        except Exception as error:
+            self._roll_back()
+            if may_pass(error):
+                self._end("unavailable")  # perhaps committed: the next attempt will know
+                raise errors.fenced(run.id) from error
+            self._give_back(step)
+            raise
         finally:
             self._run._loop.call_soon_threadsafe(attempt.open_gate)
 

@@ -36,14 +36,12 @@ async def append(connection: Any, batch: Batch, announce: Announce) -> Row:
 
 async def fetch(connection: Any, statement: str, *args: object) -> list[Row]:
     """The rows of one statement, on whatever connection of asyncpg, psycopg or SQLAlchemy."""
-    module = type(connection).__module__.partition(".")[0]
-    if module == "asyncpg":
+    modules = {kind.__module__.partition(".")[0] for kind in type(connection).__mro__}  # also of the user's subclasses
+    if "asyncpg" in modules:
         return await _asyncpg(connection, statement, args)
-    if module == "psycopg":
+    if "psycopg" in modules:
         return await _psycopg(connection, statement, args)
-    if module == "sqlalchemy" or hasattr(connection, "sync_session"):
-        return await _sqlalchemy(connection, statement, args)
-    if _session(connection) is not None:  # the user's own subclass of Session
+    if "sqlalchemy" in modules:
         return await _sqlalchemy(connection, statement, args)
     raise InvalidInput(
         f"connection must be of asyncpg, psycopg or SQLAlchemy, not {type(connection).__module__}."
@@ -53,9 +51,9 @@ async def fetch(connection: Any, statement: str, *args: object) -> list[Row]:
 
 def blocking(connection: Any) -> Any:
     """The connection, unless only async code can use it."""
-    kind = type(connection)
-    if kind.__module__.startswith("asyncpg") or "async" in kind.__name__.lower():
-        raise InvalidInput(f"a {kind.__name__} needs an event loop; use it with pgchan.AsyncClient")
+    kinds = type(connection).__mro__
+    if any(kind.__module__.startswith("asyncpg") or "async" in kind.__name__.lower() for kind in kinds):
+        raise InvalidInput(f"a {kinds[0].__name__} needs an event loop; use it with pgchan.AsyncClient")
     return connection
 
 
@@ -99,6 +97,8 @@ async def _sqlalchemy(connection: Any, statement: str, args: tuple[object, ...])
         connection = connection.connection()
     if not hasattr(connection, "exec_driver_sql"):
         raise InvalidInput(f"connection must be a Session or Connection, not a {type(connection).__name__}")
+    if connection.closed:
+        raise InvalidInput("connection is closed")
     if connection.dialect.name != "postgresql":
         raise InvalidInput(f"connection must be to PostgreSQL, not {connection.dialect.name}")
     # The driver's own parameter style, past SQLAlchemy's, which would parse the statement and guess types.
@@ -139,14 +139,18 @@ def _announce_after_commit(session: Any, announce: Announce, announcement: tuple
         pending = session.info[_PENDING] = waiting
 
         @event.listens_for(session, "after_commit")
-        def announce_all(_session: Any) -> None:
+        def announce_all(session: Any) -> None:
+            if session.in_nested_transaction():  # only a savepoint
+                return
             # A session joined to an outer transaction tells early. The announcement is a hint; the sweep covers that.
-            for one in waiting:
-                announce(*one)
+            ready = waiting.copy()
             waiting.clear()
+            for announce, announcement in ready:
+                announce(*announcement)
 
-        @event.listens_for(session, "after_rollback")
-        def forget_all(_session: Any) -> None:
-            waiting.clear()
+        @event.listens_for(session, "after_transaction_end")
+        def forget_all(_session: Any, ended: Any) -> None:
+            if ended.parent is None:
+                waiting.clear()
 
-    pending.append(announcement)
+    pending.append((announce, announcement))

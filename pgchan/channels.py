@@ -16,10 +16,11 @@ from typing import Any
 
 from pgchan import callers, codec, errors, names, sql
 from pgchan.db import LOCKED, STORED, Db, Entry, Follow, Known, Outcome, Row
-from pgchan.model import CONTROL, KINDS, ChannelInfo, Message, Page, microseconds
+from pgchan.model import CONTROL, KINDS, MESSAGE, ChannelInfo, Message, Page, microseconds
 from pgchan.writer import Batch, Queued
 
 TAIL_PAGE_MESSAGES = 500  # per read of a reader that is catching up
+CALLERS_BYTES_MAX = 64 << 20  # of a publish_many in a caller's transaction, which is one statement
 WAIT_SECONDS = 60.0  # a waiting reader looks up at least this often; the hub's sweep tells it of anything sooner
 
 
@@ -31,9 +32,9 @@ async def publish(db: Db, name: str, body: Any, *, key: str | None = None) -> Me
     names.check_key(key)
     entry = await prepare(db, name, body, key=key)
     outcome = await db.append(entry)
-    if outcome.word == "missing":  # deleted since its id was learned
+    if outcome.word == "missing":  # deleted since its id was learned: the name begins anew, whatever its type was
         db.learn(name, None)
-        entry.channel_id = None
+        entry = await prepare(db, name, body, key=key)
         outcome = await db.append(entry)
     if outcome.word == "type":
         db.learn(name, None)
@@ -55,6 +56,14 @@ async def prepare(db: Db, name: str, body: Any, *, key: str | None = None, look:
     )  # fmt: skip
 
 
+async def prepare_deferred(db: Db, name: str, body: Any, key: str | None) -> Entry:
+    """The entry for a body that is written later: by name, for the channel may be another one by then."""
+    names.check_key(key)
+    entry = await prepare(db, name, body, key=key, look=True)
+    entry.channel_id = None
+    return entry
+
+
 async def _look_up(db: Db, name: str) -> Known | None:
     rows = await db.fetch(sql.CHANNEL_ID, name)
     known = Known(rows[0][0], rows[0][1]) if rows else None
@@ -73,13 +82,15 @@ async def publish_many(
         ]  # fmt: skip
         for entry in entries:
             entry.owner = 0  # one owner: what `pgchan.append` writes together or not at all
-        batches = in_batches(entries)
         if connection is None:
-            outcomes = await db.append_together(batches)
-        else:
+            outcomes = await db.append_together(in_batches(entries))
+        elif not entries:
             outcomes = []
-            for batch in batches:
-                outcomes += batch.outcomes(await callers.append(connection, batch, db.announce))
+        else:  # one call, however large: what one statement stores the caller cannot commit in part
+            batch = Batch(entries_max=len(entries), bytes_max=CALLERS_BYTES_MAX)
+            if not all(batch.add(Queued(entry, None, 0.0)) for entry in entries):
+                raise errors.InvalidInput(f"a batch in a transaction may have at most {CALLERS_BYTES_MAX} bytes")
+            outcomes = batch.outcomes(await callers.append(connection, batch, db.announce))
         refused = [
             (entry, outcome)
             for entry, outcome in zip(entries, outcomes, strict=True)
@@ -250,9 +261,14 @@ class Tail:
         while True:
             found = self._follow.recent(self._position, self._check)
             if found is None:
-                page_ = await page(
-                    self._db, self._name, after=self._after, limit=TAIL_PAGE_MESSAGES, view=self._view
-                )  # fmt: skip
+                try:
+                    page_ = await page(
+                        self._db, self._name, after=self._after, limit=TAIL_PAGE_MESSAGES, view=self._view
+                    )  # fmt: skip
+                except errors.Unavailable:  # a tail that has begun outlasts any outage
+                    if self._db.monotonic() >= until:
+                        return []
+                    continue
                 self._stand_at(page_.cursor)
                 if page_.messages:
                     return page_.messages
@@ -262,7 +278,7 @@ class Tail:
                     await self._db.wait(self._follow, self._position, min(1.0, max(0.0, until - self._db.monotonic())))
             elif found:
                 self._stand_at(found[-1].cursor)
-                return found
+                return without_void(found) if self._view == "final" else found
             elif self._follow.is_closed:
                 return None
             else:
@@ -297,8 +313,9 @@ async def info(db: Db, name: str) -> ChannelInfo:
 async def create(db: Db, name: str, content_type: str, ttl: float | None) -> None:
     """Create the channel; see Channel.create."""
     names.check_content_type(content_type)
-    names.check_optional_seconds(ttl, "ttl", 0.001)
-    found = await db.call(sql.CREATE_CHANNEL, name, content_type, ttl)
+    found = await db.call(
+        sql.CREATE_CHANNEL, name, content_type, names.check_optional_seconds(ttl, "ttl", 0.001)
+    )  # fmt: skip
     if found[0] != content_type:
         raise errors.InvalidInput(f"channel {name!r} exists with content type {found[0]!r}, not {content_type!r}")
 
@@ -336,8 +353,25 @@ async def delete(db: Db, name: str, *, run: bool = False) -> None:
 async def listing(db: Db, *, after: str = "", prefix: str = "", limit: int = 100) -> list[ChannelInfo]:
     """Channels in order of name; see AsyncClient.channels."""
     names.check_limit(limit)
+    names.check_beginning(prefix, "prefix")
+    names.check_beginning(after, "after")
     pattern = prefix.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
     return [ChannelInfo(*row) for row in await db.fetch(sql.CHANNELS, after, pattern, limit)]
+
+
+def without_void(messages: list[Message]) -> list[Message]:
+    """What the view `final` has of messages that reach to the head, as sql.PAGE_FINAL would say."""
+    resets = [message for message in messages if is_reset(message)]
+    if not resets:
+        return messages
+    return [message for message in messages if not any(_voids(reset, message) for reset in resets)]
+
+
+def _voids(reset: Message, message: Message) -> bool:
+    if message.step is None or message.step != reset.step or message.kind != KINDS[MESSAGE]:
+        return False
+    assert reset.void_from is not None and reset.attempt is not None and message.attempt is not None
+    return reset.void_from <= message.position < reset.position and message.attempt < reset.attempt
 
 
 def is_reset(message: Message) -> bool:

@@ -15,6 +15,7 @@ from pgchan.errors import InvalidInput
 from pgchan.names import BODY_BYTES_MAX, BODY_DEPTH_MAX
 
 JSON = "application/json"
+PATH_LENGTH_MAX = 200  # of the place that an error names: keys in it may be of any length
 
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
 
@@ -31,7 +32,14 @@ def encode(body: Any, what: str = "body") -> bytes:
         raw = _encoder.encode(body).encode()
     except UnicodeEncodeError:
         raise InvalidInput(f"{what} holds a lone surrogate at {_surrogate(body, '$')}; UTF-8 has none") from None
+    except ValueError:  # Python's limit for the digits of an int
+        raise InvalidInput(f"{what} holds an int with too many digits") from None
     return _checked_size(raw, what)
+
+
+def encode_record(value: Any) -> bytes:
+    """The bytes of what pgchan records of a JSON value that was stored before: wrapped, so it may be somewhat larger."""
+    return _encoder.encode(value).encode()
 
 
 def encode_as(content_type: str, body: Any) -> bytes:
@@ -67,6 +75,9 @@ def parse(raw: bytes | str, what: str = "body") -> Any:
     except ValueError as error:
         raise InvalidInput(f"{what} is not JSON: {error}") from None
     _check(value, "$", 0, what)
+    # In bytes, which were UTF-8, only an escape can have brought one in.
+    if (isinstance(raw, str) or b"\\u" in raw) and (found := _surrogate(value, "$")):
+        raise InvalidInput(f"{what} holds a lone surrogate at {found}; UTF-8 has none")
     return value
 
 
@@ -93,14 +104,16 @@ def _check(value: Any, path: str, depth: int, what: str) -> None:
         return
     if kind is float:
         if not math.isfinite(value):
-            raise InvalidInput(f"{what} holds {value!r} at {path}; JSON has no such number")
+            raise InvalidInput(f"{what} holds {value!r} at {path[:PATH_LENGTH_MAX]}; JSON has no such number")
         return
     if depth >= BODY_DEPTH_MAX:
         raise InvalidInput(f"{what} is nested deeper than {BODY_DEPTH_MAX} levels")
     if isinstance(value, dict):
         for key, inner in value.items():
             if not isinstance(key, str):
-                raise InvalidInput(f"{what} has a key of type {type(key).__name__} at {path}; JSON keys are strings")
+                raise InvalidInput(
+                    f"{what} has a key of type {type(key).__name__} at {path[:PATH_LENGTH_MAX]}; JSON keys are strings"
+                )
             _check(inner, f"{path}.{key}", depth + 1, what)
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
@@ -110,15 +123,18 @@ def _check(value: Any, path: str, depth: int, what: str) -> None:
     elif isinstance(value, float):
         _check(float(value), path, depth, what)
     else:
-        raise InvalidInput(f"{what} holds a {kind.__name__} at {path}; only JSON values can be stored")
+        where = path[:PATH_LENGTH_MAX]
+        raise InvalidInput(f"{what} holds a {kind.__name__} at {where}; only JSON values can be stored")
 
 
 def _surrogate(value: Any, path: str) -> str:
     if isinstance(value, str):
-        return path if not _is_utf8(value) else ""
+        return path[:PATH_LENGTH_MAX] if not _is_utf8(value) else ""
     if isinstance(value, dict):
         for key, inner in value.items():
-            if found := (f"{path} (a key)" if not _is_utf8(key) else _surrogate(inner, f"{path}.{key}")):
+            if not _is_utf8(key):
+                return f"{path[:PATH_LENGTH_MAX]} (a key)"
+            if found := _surrogate(inner, f"{path}.{key}"):
                 return found
     if isinstance(value, list | tuple):
         for index, inner in enumerate(value):

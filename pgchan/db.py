@@ -156,6 +156,8 @@ SESSION: dict[str, str] = {
     "idle_in_transaction_session_timeout": "60s",  # a transaction of run.transaction() whose worker hangs
     "client_connection_check_interval": "500ms",  # a dead client's statement ends, and with it its locks
     "timezone": "UTC",
+    "datestyle": "ISO",  # psycopg reads timestamps as text, in this style only
+    "client_encoding": "UTF8",  # or text that the other encoding lacks could not be sent
 }
 # Not every platform that PostgreSQL runs on has these; a server that refuses them is asked again without.
 SESSION_OPTIONAL = ("client_connection_check_interval",)
@@ -247,7 +249,9 @@ def translate(sqlstate: str | None, message: str, hint: str | None, *, writing: 
     if sqlstate in errors.NOT_DONE:
         return errors.Unavailable(f"the database refused for now (SQLSTATE {sqlstate}); nothing was written")
     lost = sqlstate is None or sqlstate[:2] in ("08", "57", "55", "54")
-    if not lost:
+    # What a writing call raises may come from its second transaction, the wakeup, when all is stored.
+    refused = not lost and (not writing or (sqlstate is not None and sqlstate[:2] in errors.REFUSED))
+    if refused:
         return errors.Error(f"the database refused a statement of pgchan (SQLSTATE {sqlstate})")
     if writing:
         return errors.Indefinite(

@@ -22,7 +22,6 @@ from contextlib import ExitStack, suppress
 from importlib import resources
 from typing import Any
 
-import uvicorn
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -32,10 +31,10 @@ import pgchan
 from pgchan import dsn as dsns
 from pgchan import migrate
 from pgchan.embedded import Embedded
-from pgchan.server import Insecure, create_app
+from pgchan.server import Insecure, Server, create_app
+from pgchan.server.serve import config
 
 HOST = "127.0.0.1"
-OPEN_STREAMS_SECONDS = 2  # for streams to end, when the server is told to
 DRAIN_SECONDS = 1.0  # the next start goes on where this one stopped, so there is nothing to wait for
 WORKER_STOP_SECONDS = 4.0
 RESTART_SECONDS = 1.0  # before a worker that ended by itself is started again; one that was killed is at once
@@ -57,7 +56,6 @@ def main(port: int = 8000, dsn: str | None = None, workers: int = 2, data: str |
     a demo must not migrate a database that nobody named. data: where that keeps its files. port: 0 for any free one.
     Raises InvalidInput (the port is taken, the DSN or the directory is unfit), Unavailable, UnsafeDeployment.
     """
-    # uvicorn ends by raising the signal that stopped it once more; an end that was asked for is a success.
     with _listen(port) as listener, ExitStack() as stack:
         if dsn is None:
             os.environ.pop("PGCHAN_CONTROL_DSN", None)
@@ -68,8 +66,6 @@ def main(port: int = 8000, dsn: str | None = None, workers: int = 2, data: str |
             dsn, prefix = dsns.resolve(dsn), f"demo-{os.getpid()}"
             _say("PostgreSQL", "the one of the given DSN")
         migrate.upgrade(dsn)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)
         asyncio.run(_serve(listener, dsn, workers, prefix))
     return 0
 
@@ -79,8 +75,12 @@ def work(name: str) -> None:
     from pgchan.examples.research import research
 
     threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
-    worker = pgchan.Worker(pgchan.AsyncClient(), [research], name=name, drain=DRAIN_SECONDS)
-    asyncio.run(worker.run())
+
+    async def run() -> None:
+        async with pgchan.AsyncClient() as client:
+            await pgchan.Worker(client, [research], name=name, drain=DRAIN_SECONDS).run()
+
+    asyncio.run(run())
 
 
 def _end_with_parent() -> None:
@@ -116,22 +116,18 @@ async def _serve(listener: socket.socket, dsn: str, count: int, prefix: str) -> 
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
         _say("Workers", ", ".join(f"{name} (pid {pid})" for name, pid in workers.alive()) or "none")
         _say("Insecure", f"whoever can reach {HOST} may read, write and kill here; for looking at only")
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=OPEN_STREAMS_SECONDS
-        )
-        await _Server(config, f"http://{HOST}:{port}/demo").serve(sockets=[listener])
+        await _DemoServer(config(app, HOST, port)).serve(sockets=[listener])
+        # The rest takes a moment, and an impatient second Ctrl-C must not keep it from being done.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
-class _Server(uvicorn.Server):
+class _DemoServer(Server):
     """A server that says its address once it can answer."""
-
-    def __init__(self, config: uvicorn.Config, address: str) -> None:
-        super().__init__(config)
-        self.address = address
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        _say("Open", f"{self.address}   (Ctrl-C ends everything)")
+        _say("Open", f"http://{HOST}:{self.config.port}/demo   (Ctrl-C ends everything)")
 
 
 class _Workers:

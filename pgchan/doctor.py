@@ -109,7 +109,7 @@ async def _weather(database: AsyncpgDb) -> list[Finding]:
         else Finding("workers", False, f"the lock of worker {strangers} is held by a session that is not its own")
     )
     if unknown:
-        detail = f"{unknown} runs have been ready for over a minute; is a worker with their workflow and queue up?"
+        detail = f"{unknown} run(s) have been ready for over a minute; is a worker with their workflow and queue up?"
         findings.append(Finding("queues", False, detail))
     else:
         findings.append(Finding("queues", True, "no run waits for a worker"))

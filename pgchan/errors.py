@@ -225,6 +225,9 @@ NOT_DONE = frozenset(
     }
 )  # fmt: skip
 
+# Classes of errors that our routines can raise before their COMMIT only: data, integrity, names and rights.
+REFUSED = frozenset({"22", "23", "42"})
+
 
 def channel_closed(channel: str) -> ChannelClosed:
     return ChannelClosed(f"channel {channel!r} is closed; it takes no further messages", channel=channel)

@@ -49,12 +49,12 @@ class Message:
 
     @property
     def body(self) -> Any:
-        """The decoded body: a JSON value, a str for text types, bytes for others."""
+        """The decoded body: a JSON value, a str for text types (read as UTF-8), bytes for others."""
         if self._body is _UNSET:
             if codec.is_json(self.content_type) or self.kind == "control":
                 body = codec.decode(self.raw)
             else:
-                body = self.raw.decode() if self.content_type.startswith("text/") else self.raw
+                body = self.raw.decode(errors="replace") if self.content_type.startswith("text/") else self.raw
             object.__setattr__(self, "_body", body)
         return self._body
 
@@ -118,15 +118,20 @@ class ChannelInfo:
     expires_at: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
-class RunError:
-    """What ended a failed run: the exception's type and message. str() gives both."""
+class RunError(str):
+    """What ended a failed run, as text: "ValueError: no such city". `.type` and `.message` have its two parts."""
 
+    __slots__ = ("message", "type")
     type: str
     message: str
 
-    def __str__(self) -> str:
-        return f"{self.type}: {self.message}" if self.message else self.type
+    def __new__(cls, type: str, message: str) -> RunError:
+        error = super().__new__(cls, f"{type}: {message}" if message else type)
+        error.type, error.message = type, message
+        return error
+
+    def __getnewargs__(self) -> tuple[str, str]:
+        return self.type, self.message
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,15 @@ def check_name(name: object, what: str = "channel") -> str:
     return name
 
 
+def check_beginning(value: object, what: str) -> str:
+    """The beginning of channel names, also ""."""
+    if not isinstance(value, str):
+        raise InvalidInput(f"{what} must be a str, not {type(value).__name__}")
+    if len(value) > NAME_LENGTH_MAX or (value and not _NAME.fullmatch(value)):
+        raise InvalidInput(f"{what} may hold only what channel names may, at most {NAME_LENGTH_MAX} characters")
+    return value
+
+
 def check_run(run: object) -> str:
     """A run's id: a channel name whose last segment is not one of the run's HTTP paths."""
     name = check_name(run, "run id")

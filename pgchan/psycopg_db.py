@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import select
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg.rows import tuple_row
@@ -30,18 +31,57 @@ from pgchan.wakeups import LISTEN_NAMES, MOVED_BYTES_MAX, MOVED_MESSAGES_MAX, SW
 from pgchan.writer import Batch, Queued, Waiting
 
 CONNECT_SECONDS = 5
+CALL_SECONDS = 35.0  # longer than statement_timeout: past it the connection is given up
+LISTEN_SECONDS = 10.0  # the same for a statement of the listener
 HEAR_SECONDS = 0.25  # how soon the listening thread sees that the client is closed
 PING_SECONDS = 3.0  # how often the listener hears itself; it reconnects when it missed a ping
 KNOWN_MAX = 100_000  # channels whose id and type are remembered
 LOCK_CLASS = 1_885_823_848
 
 # What libpq says when a server is there but not ready; the rest of what it calls FATAL will not go away by waiting.
-_NOT_READY = ("starting up", "shutting down", "too many", "connection slots", "not yet accepting", "recovery")
+_NOT_READY = (
+    "starting up", "shutting down", "too many", "connection slots", "not yet accepting", "recovery", "terminating",
+    "canceling",
+)  # fmt: skip
 
 log = logging.getLogger("pgchan")
 
-Connection = psycopg.Connection[Any]
+T = TypeVar("T")
+
 DRIVER_ERRORS = (psycopg.Error, OSError)
+
+
+class Connection(psycopg.Connection[Any]):
+    """A connection that gives up on a server, or a network, that keeps silent. libpq itself would wait for ever."""
+
+    seconds = CALL_SECONDS
+
+    def wait(self, gen: Any, *args: Any, **options: Any) -> Any:
+        """See psycopg. Called with each exchange; `gen` is resumed at least every tenth of a second."""
+        return super().wait(self._bounded(gen), *args, **options)
+
+    def _bounded(self, exchange: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
+        until = time.monotonic() + self.seconds
+        try:
+            state = next(exchange)
+            while True:
+                ready = yield state
+                if not ready and time.monotonic() > until:
+                    self.pgconn.finish()
+                    raise psycopg.OperationalError("no answer in time")
+                state = exchange.send(ready)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the server has hung up on this connection, which is not in use: then there is something to read."""
+        if self.closed:
+            return True
+        poll = select.poll()
+        poll.register(self.pgconn.socket, select.POLLIN)
+        return bool(poll.poll(0))
 
 
 class PsycopgDb:
@@ -76,7 +116,7 @@ class PsycopgDb:
         while True:
             options: dict[str, Any] = {} if pooled else {"options": db.session_options(settings)}
             try:
-                connection = psycopg.connect(
+                connection = Connection.connect(
                     dsn, autocommit=True, row_factory=tuple_row, cursor_factory=psycopg.RawCursor,
                     prepare_threshold=None if pooled else 5, application_name=f"{self._name} {role}",
                     connect_timeout=CONNECT_SECONDS, keepalives_idle=2, keepalives_interval=1, keepalives_count=3,
@@ -88,7 +128,9 @@ class PsycopgDb:
                 elif not any(name in str(error) and settings.pop(name, None) for name in db.SESSION_OPTIONAL):
                     raise _refused(error) from error
             else:
-                if not direct:
+                if direct:
+                    connection.seconds = LISTEN_SECONDS
+                else:
                     self._pooled = pooled
                 return connection
 
@@ -146,11 +188,15 @@ class PsycopgDb:
         rows: list[Row] = self._persist(lambda: self._run(statement, args), writing=True)
         return rows[0]
 
-    def _run(self, statement: str, args: tuple[object, ...]) -> list[Row]:
+    def _run(self, statement: str, args: tuple[object, ...], *, seconds: float | None = None) -> list[Row]:
         self._check()
-        with self._pool.connection(self._patience) as connection:
+        with self._pool.connection(self._patience if seconds is None else seconds) as connection:
             self.stats["pages"] += 1
-            return list(connection.execute(statement, args).fetchall())
+            try:
+                return list(connection.execute(statement, args).fetchall())
+            except psycopg.errors.ReadOnlySqlTransaction:  # not the primary any more: connect anew, perhaps elsewhere
+                connection.close()
+                raise
 
     def _persist(self, action: Callable[[], Any], *, writing: bool) -> Any:
         """Do it, and do it again while it is known not to be done, until the patience is over."""
@@ -188,8 +234,8 @@ class PsycopgDb:
     async def append_together(self, batches: Sequence[Batch]) -> list[Outcome]:
         """See Db."""
         if len(batches) == 1:
-            row = await self.call(sql.WRITE, *batches[0].arguments(), db.lock_wait(self._patience))
-            return batches[0].outcomes(row)
+            written = await self.call(sql.WRITE, *batches[0].arguments(), db.lock_wait(self._patience))
+            return batches[0].outcomes(written)
         self.open()
         outcomes: list[Outcome] = []
         moved: dict[int, int] = {}
@@ -214,7 +260,7 @@ class PsycopgDb:
     def announce(self, ids: list[int], heads: list[int], created: bool, queues: list[str]) -> None:
         """See Db."""
         with contextlib.suppress(errors.Error, *DRIVER_ERRORS):  # a hint; the sweeps find what it would have told
-            self._run(sql.WAKE, (ids, heads, created, queues))
+            self._run(sql.WAKE, (ids, heads, created, queues), seconds=SWEEP_SECONDS)
 
     async def follow(self, name: str) -> BlockingFollow:
         """See Db."""
@@ -245,6 +291,7 @@ class PsycopgDb:
         assert isinstance(ending, BlockingEnding)
         ending.event.wait(seconds)
         ending.event.clear()
+        self.listener.check_open()
 
     def known(self, name: str) -> Known | None:
         """See Db."""
@@ -288,8 +335,9 @@ class _Pool:
                 raise errors.Unavailable(f"all {self._size} connections of the pool are in use")
             while self._idle:
                 connection = self._idle.pop()
-                if not connection.closed:
+                if not connection.is_cut:
                     return connection
+                connection.close()
                 self._count -= 1
             self._count += 1
         try:
@@ -323,12 +371,13 @@ class _Pool:
 class _Receipt:
     """What a caller of append() waits for: its outcome, or to be the one who sends the next batch."""
 
-    __slots__ = ("event", "leads", "outcome")
+    __slots__ = ("event", "is_given_up", "leads", "outcome")
 
     def __init__(self) -> None:
         self.event = threading.Event()
         self.outcome: Outcome | errors.Error | None = None
         self.leads = False
+        self.is_given_up = False  # its thread was interrupted
 
     def settle(self, outcome: Outcome | errors.Error) -> None:
         self.outcome = outcome
@@ -360,7 +409,10 @@ class _Writer:
                     receipt.event.wait()
                     receipt.event.clear()
         finally:
-            if receipt.leads:
+            with self._lock:
+                receipt.is_given_up = receipt.outcome is None
+                leads = receipt.leads
+            if leads:
                 self._hand_over()
         if isinstance(receipt.outcome, errors.Error):
             raise receipt.outcome
@@ -368,7 +420,7 @@ class _Writer:
 
     def _hand_over(self) -> None:
         with self._lock:
-            while self._receipts and self._receipts[0].outcome is not None:
+            while self._receipts and (self._receipts[0].outcome is not None or self._receipts[0].is_given_up):
                 self._receipts.popleft()
             if self._receipts:
                 self._receipts[0].leads = True
@@ -389,7 +441,7 @@ class _Writer:
         except DRIVER_ERRORS as error:
             self._failed(batch, translate(error, writing=True))
         except BaseException:  # Ctrl-C in the middle of it
-            self._connection = None
+            self._drop()
             self._failed(batch, errors.Indefinite("interrupted while this was being written; perhaps it was"))
             raise
         else:
@@ -401,11 +453,20 @@ class _Writer:
                 queued.settle(outcome)
 
     def _connected(self) -> Connection:
-        if self._connection is None or self._connection.closed:
+        if self._connection is not None and self._connection.is_cut:
+            self._drop()
+        if self._connection is None:
             self._connection = self._db.connect("writer")
         return self._connection
 
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
     def _failed(self, batch: Batch, error: errors.Error) -> None:
+        if isinstance(error, errors.Unavailable | errors.Indefinite):
+            self._drop()  # whatever is wrong with it, e.g. it is not the primary any more
         again: list[Queued] = []
         now = time.monotonic()
         for queued in batch.queued:
@@ -443,8 +504,11 @@ class _Writer:
             queued.settle(translate(error, writing=True))
 
     def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
+        """Let the threads that are publishing finish, then hang up."""
+        until = time.monotonic() + self._db.patience
+        while self._led and time.monotonic() < until:
+            time.sleep(0.005)
+        self._drop()
 
 
 # ------------------------------------------------------------------------------------------------ listening
@@ -474,8 +538,7 @@ class Listener:
                 self._thread = threading.Thread(target=self._run, name="pgchan listener", daemon=True)
                 self._thread.start()
         while not self._listening.wait(HEAR_SECONDS):
-            if self._closing.is_set():
-                raise errors.InvalidInput("this client is closed; make a new one")
+            self.check_open()
 
     def close(self) -> None:
         """End the thread, and let readers that wait look up."""
@@ -483,8 +546,15 @@ class Listener:
         self.state = "closed"
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(2 * HEAR_SECONDS + 1)
+        self.state = "closed"  # the thread may have had another word for it meanwhile
         with self.changed:
+            self.hub.everything_moved()
             self.changed.notify_all()
+
+    def check_open(self) -> None:
+        """Raise InvalidInput once the client is closed."""
+        if self._closing.is_set():
+            raise errors.InvalidInput("this client is closed; make a new one")
 
     def follow(self, name: str) -> tuple[Followed, bool]:
         """Count one more follower; True if the channel must be looked up."""
@@ -522,6 +592,8 @@ class Listener:
         next_sweep = next_ping = time.monotonic() + SWEEP_SECONDS
         self._look(connection)
         while not self._closing.is_set():
+            if self.hub.fruitless >= 3:
+                self._closing.wait(0.05)  # hints that lead to nothing are read at 20 a second at most
             seconds = min(HEAR_SECONDS, max(0.0, min(next_sweep, next_ping) - time.monotonic()))
             for notify in connection.notifies(timeout=seconds, stop_after=1):
                 if notify.channel == self._ping_name:
@@ -565,8 +637,6 @@ class Listener:
             with self.changed:
                 self.hub.read(rows)
             if self.hub.fruitless:
-                if self.hub.fruitless >= 3:
-                    self._closing.wait(0.05)  # hints that lead to nothing are read at 20 a second at most
                 return
 
 
@@ -596,8 +666,7 @@ class BlockingFollow:
             self._listener.changed.wait_for(
                 lambda: self._followed.version != self._version or self._listener.state == "closed", seconds
             )
-        if self._listener.state == "closed":
-            raise errors.InvalidInput("this client is closed; make a new one")
+        self._listener.check_open()
 
     def unfollow(self) -> None:
         """See Follow."""

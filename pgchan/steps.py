@@ -20,6 +20,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, cast, overload
 
 from pgchan import codec, errors, names, runs, sql
 from pgchan.attempt import STEP_SHOWN_SECONDS, Attempt, Passed, StepContext, current_step
+from pgchan.db import Row, backoff
 from pgchan.errors import Fatal, InvalidInput, RetryAfter, StepFailed, StepMismatch
 from pgchan.journal import Recorded
 from pgchan.model import Message, Retry, RunStatus
@@ -100,7 +101,7 @@ class Run:
         step_name = self._next_name(name, function, default)
         recorded = self._attempt.journal.reach(step_name)
         if recorded is not None:
-            return _replay(step_name, recorded)
+            return _replay(self.id, step_name, recorded)
         if retry is None:
             retry = (declared.retry if declared else None) or self._attempt.workflow.retry
         if timeout is None and declared:
@@ -136,26 +137,30 @@ class Run:
             due = tries.failed_at + timedelta(seconds=tries.pause)
             await self._pause(attempt.seconds_until(due))
         while True:
-            step = await attempt.begin(name)
             attempt.busy += 1
+            step: StepContext | None = None
             try:
+                step = await attempt.begin(name)
                 value = await call.run(step)
                 body = codec.encode(value, f"the result of step {name!r}")
                 await attempt.record(step, "result", body)
                 return codec.decode(body)
             except errors.Interrupted as interrupted:
-                if step.interrupt is None or interrupted.step != name:
+                if step is None or step.interrupt is None or interrupted.step != name:
                     raise
                 step.taken.append(interrupted.signal)
-                body = codec.encode({"type": "interrupted", "signal": _signal_json(interrupted.signal)})
+                body = codec.encode_record({"type": "interrupted", "signal": _signal_json(interrupted.signal)})
                 await attempt.record(step, "interrupted", body)
                 raise
             except errors.Fenced:
                 raise
             except asyncio.CancelledError:
-                attempt.give_back(step.taken)
+                if step is not None:
+                    attempt.give_back(step.taken)
                 raise
             except Exception as error:
+                if step is None:
+                    raise
                 attempt.check()
                 tries.failures += 1
                 pause = _pause_after(error, retry, tries.failures)
@@ -163,7 +168,8 @@ class Run:
                 if pause is None:
                     raise
             finally:
-                step.over = True
+                if step is not None:
+                    step.over = True
                 attempt.busy -= 1
             await self._pause(pause)
 
@@ -219,7 +225,7 @@ class Run:
             return signal
         name = self._next_name(None, None, "receive")
         if (recorded := attempt.journal.reach(name)) is not None:
-            return _signal_message(self.id, _replay(name, recorded))
+            return _signal_message(self.id, _replay(self.id, name, recorded))
         if timeout is not None:
             timeout = await self._began(name, timeout)
         signal = await attempt.next_signal(timeout, may_leave=True)
@@ -287,7 +293,7 @@ class Run:
         attempt = self._attempt
         name = self._next_name(None, None, kind)
         if (recorded := attempt.journal.reach(name)) is not None:
-            return _replay(name, recorded)
+            return _replay(self.id, name, recorded)
         value = make()
         attempt.record_soon(name, codec.encode(value))
         return value
@@ -322,7 +328,7 @@ class Run:
         name = self._next_name(None, None, "start")
         recorded = attempt.journal.reach(name)
         if recorded is not None:
-            return Child(self, _replay(name, recorded))
+            return Child(self, _replay(self.id, name, recorded))
         default = str(uuid.uuid5(_CHILDREN, f"{attempt.claimed.journal_id}/{name}"))
         values = runs.start_arguments(
             workflow, args, kwargs, id=id or default, queue=queue, priority=priority, delay=delay, timeout=timeout,
@@ -331,9 +337,8 @@ class Run:
         attempt.busy += 1
         try:
             await attempt.flushed()
-            with contextlib.suppress(errors.Indefinite):
-                row = await attempt.db.call(sql.ENQUEUE, *values)
-                runs.started(values[0], row[0])
+            row = await _repeated(attempt, sql.ENQUEUE, *values)
+            runs.started(values[0], row[0])
             await self._record(name, values[0], [])
         finally:
             attempt.busy -= 1
@@ -365,7 +370,7 @@ class Run:
         attempt.busy += 1
         try:
             step = StepContext(name, attempt.journal.tries(name).last + 1, taken=signals)
-            await attempt.record(step, "result", codec.encode(value))
+            await attempt.record(step, "result", codec.encode_record(value))
         finally:
             attempt.busy -= 1
 
@@ -385,7 +390,7 @@ class Child:
         parent, attempt = self._parent, self._parent._attempt
         name = parent._next_name(None, None, "result")
         recorded = attempt.journal.reach(name)
-        found = _replay(name, recorded) if recorded is not None else await self._ended(name)
+        found = _replay(parent.id, name, recorded) if recorded is not None else await self._ended(name)
         if found["state"] == "succeeded":
             return found["value"]
         error = codec.encode(found["value"]) if found["value"] is not None else None
@@ -396,7 +401,11 @@ class Child:
         ending = None
         try:
             while True:
-                rows = await attempt.db.fetch(sql.RUN_RESULT, self.id)
+                attempt.busy += 1  # the run must not leave memory while this child is not among what it waits for
+                try:
+                    rows = await attempt.db.fetch(sql.RUN_RESULT, self.id)
+                finally:
+                    attempt.busy -= 1
                 if not rows:
                     raise errors.run_not_found(self.id)
                 channel_id, state, value, error = rows[0]
@@ -427,7 +436,7 @@ class Child:
         parent = self._parent
         default = f"{parent._attempt.claimed.journal_id}/{parent._attempt.journal.name(None, None, 'signal')}"
         raw, key = codec.encode(body), names.check_key(key if key is not None else default)
-        return runs.signalled(self.id, raw, key, await parent._attempt.db.call(sql.DELIVER, self.id, raw, key))
+        return runs.signalled(self.id, raw, key, await _repeated(parent._attempt, sql.DELIVER, self.id, raw, key))
 
     async def cancel(self) -> bool:
         """Cancel it; False if it had ended."""
@@ -520,16 +529,26 @@ def current_run() -> Any:
         raise InvalidInput("pgchan.current_run() is for code that a worker executes") from None
 
 
-def _replay(name: str, recorded: Recorded) -> Any:
+def _replay(run: str, name: str, recorded: Recorded) -> Any:
     if recorded.word == "result":
         return codec.decode(recorded.value)
     if recorded.word == "interrupted":
-        raise _interrupted(name, cast(Message, _signal_message("", recorded.value["signal"])))
+        raise _interrupted(name, cast(Message, _signal_message(run, recorded.value["signal"])))
     found = recorded.value["error"]
     raise StepFailed(
         f"step {name!r} failed: {found['type']}: {found['message']}", step=name, type=found["type"],
         message=found["message"],
     )  # fmt: skip
+
+
+async def _repeated(attempt: Attempt, statement: str, *args: object) -> Row:
+    """Call a routine that recognises a repeat by its key, until it is known to be done."""
+    while True:
+        attempt.check()
+        try:
+            return await attempt.db.call(statement, *args)
+        except errors.Indefinite:
+            await asyncio.sleep(backoff(1))
 
 
 def _interrupted(step: str, signal: Message) -> errors.Interrupted:

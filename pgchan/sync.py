@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 from pgchan import callers, channels, errors, names, runs, sql
 from pgchan.channels import Tail
@@ -97,13 +97,14 @@ class Client:
     def start(
         self, workflow: Workflow[Any, Any] | str, /, *args: Any, id: str | None = None, queue: str | None = None,
         priority: int = 0, delay: float | None = None, timeout: float | None = None, connection: Any = None,
-        **kwargs: Any,
+        defer: bool = False, **kwargs: Any,
     ) -> RunHandle:  # fmt: skip
         """Start a run of a workflow, given as the function or by name, and return its handle.
 
         Idempotent by id: starting an id again returns the same run. args, kwargs: JSON values, converted to the
         function's annotations. priority: higher first. delay: seconds before it may begin. timeout: seconds after
         which it fails. connection: part of its open transaction; the run exists if and when that commits.
+        defer: as in publish.
         Raises InvalidInput, RunConflict (the id was used for something else), ChannelClosed, Unavailable, Indefinite.
         Source: routine pgchan.enqueue.
         """
@@ -111,6 +112,9 @@ class Client:
         values = runs.start_arguments(
             workflow, args, kwargs, id=id, queue=queue, priority=priority, delay=delay, timeout=timeout
         )
+        if defer:
+            _defer(callers.blocking(connection), runs.deferred_start(values), db)
+            return RunHandle(self, values[0])
         if connection is not None:
             (row,) = drive(callers.fetch(callers.blocking(connection), sql.ENQUEUE_IN, *values))
         else:
@@ -145,7 +149,19 @@ class Channel:
     def __repr__(self) -> str:
         return f"<channel {self.name}>"
 
-    def publish(self, body: Any, *, key: str | None = None, connection: Any = None) -> Message:
+    @overload
+    def publish(
+        self, body: Any, *, key: str | None = None, connection: Any = None, defer: Literal[False] = False
+    ) -> Message: ...
+
+    @overload
+    def publish(
+        self, body: Any, *, key: str | None = None, connection: Any = None, defer: bool
+    ) -> Message | None: ...
+
+    def publish(
+        self, body: Any, *, key: str | None = None, connection: Any = None, defer: bool = False
+    ) -> Message | None:
         """Append `body` to this channel and return the stored message, durable unless `connection` is given.
 
         Positions are 1, 2, 3… in commit order, without gaps. With `key` a repeat stores nothing and returns the
@@ -153,11 +169,16 @@ class Channel:
 
         body: any JSON value, at most BODY_BYTES_MAX bytes encoded; str or bytes on channels of other types.
         connection: of asyncpg, psycopg or SQLAlchemy: part of its open transaction, visible and announced if and when
-        that commits; the channel takes no other publisher until then.
+        that commits; the channel takes no other publisher until then. defer: with a SQLAlchemy Session or AsyncSession,
+        keep the message until just before that commits, and return None; a refusal is then raised by the commit.
         Raises InvalidInput, ChannelClosed, IdempotencyConflict, Unavailable, Indefinite.
         Source: routine pgchan.append.
         """
         db = self._client._use()
+        if defer:
+            entry = drive(channels.prepare_deferred(db, self.name, body, key))
+            _defer(callers.blocking(connection), entry, db)
+            return None
         if connection is None:
             return drive(channels.publish(db, self.name, body, key=key))
         return (self.publish_many([body], keys=[key], connection=connection))[0]
@@ -304,15 +325,30 @@ class RunHandle:
         """
         return drive(runs.result(self._client._use(), self.id, timeout))
 
-    def signal(self, body: Any, *, key: str | None = None, connection: Any = None) -> Message:
+    @overload
+    def signal(
+        self, body: Any, *, key: str | None = None, connection: Any = None, defer: Literal[False] = False
+    ) -> Message: ...
+
+    @overload
+    def signal(
+        self, body: Any, *, key: str | None = None, connection: Any = None, defer: bool
+    ) -> Message | None: ...
+
+    def signal(
+        self, body: Any, *, key: str | None = None, connection: Any = None, defer: bool = False
+    ) -> Message | None:
         """Send the run a message, durable when this returns, and wake it if it waits.
 
         The run consumes signals in order, each once; a `consumed` control message on its channel names the step that
-        did. Signals that it did not consume are named `missed` when it ends. key, connection: as in publish.
+        did. Signals that it did not consume are named `missed` when it ends. key, connection, defer: as in publish.
         Raises InvalidInput, RunNotFound, ChannelClosed (it has ended), IdempotencyConflict, Unavailable, Indefinite.
         Source: routine pgchan.deliver.
         """
         raw, key = encode(body), names.check_key(key)
+        if defer:
+            _defer(callers.blocking(connection), runs.deferred_signal(self.id, raw, key), self._client._use())
+            return None
         if connection is not None:
             (row,) = drive(callers.fetch(callers.blocking(connection), sql.DELIVER_IN, self.id, raw, key))
         else:
@@ -360,3 +396,9 @@ def _start(db: PsycopgDb, values: tuple[Any, ...], *, keyed: bool) -> Any:
         row = drive(db.call(sql.ENQUEUE, *values))
         # Without an id of the caller's own nobody else can have started this run.
         return row if keyed or row[0] != "existed" else ("started", row[1])
+
+
+def _defer(session: Any, what: Any, db: PsycopgDb) -> None:
+    from pgchan.sqlalchemy import defer  # noqa: PLC0415 - most processes need no SQLAlchemy
+
+    defer(session, what, db.announce)

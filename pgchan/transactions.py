@@ -2,7 +2,7 @@
 
 The record is written last, in the user's transaction, under the run's epoch: an attempt that was superseded meanwhile
 is refused there, and the user's rows go with it. If the answer to the commit is lost, this attempt cannot know; it
-gives the run back, and the next one finds the record or does not.
+gives the run back, and the next one finds the record or does not. It does the same when the connection is cut before.
 
 A `with` block cannot be skipped. When the step is recorded already, the block gets a stand-in that raises at its
 first use; leaving the block swallows that, so nothing of the block that touches the database or the run happens
@@ -11,12 +11,15 @@ twice.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pgchan import callers, channels, codec, errors, sql
+import psycopg
+
+from pgchan import callers, channels, codec, db, errors, sql
 from pgchan.asyncpg_db import DRIVER_ERRORS
 from pgchan.attempt import Passed, StepContext, current_step
 from pgchan.db import STORED
@@ -46,6 +49,22 @@ def is_passed(kind: type[BaseException] | None) -> bool:
     return kind is not None and issubclass(kind, Passed)
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether a database error says nothing against the transaction as such: a lost connection, a deadlock, …"""
+    found = getattr(error, "orig", error)  # SQLAlchemy wraps those of its driver
+    if not isinstance(found, (*DRIVER_ERRORS, psycopg.Error)) and found is error:
+        return False
+    named = db.translate(getattr(found, "sqlstate", None), "", None, writing=True)
+    return isinstance(named, errors.Unavailable | errors.Indefinite)
+
+
+def is_cut(error: BaseException, closed: bool) -> bool:
+    """Whether an error in the user's block means that its connection was lost. closed: whether that is closed now."""
+    if (invalidated := getattr(error, "connection_invalidated", None)) is not None:  # of SQLAlchemy
+        return bool(invalidated)
+    return closed and isinstance(error, (*DRIVER_ERRORS, psycopg.Error))
+
+
 class Transaction:
     """What run.transaction() and run.session() return. result: a JSON value that is recorded with the commit."""
 
@@ -67,15 +86,13 @@ class Transaction:
             self._token = current_step.set(StepContext(self._name, 0, passed=True))
             return StandIn()
         attempt = self._attempt
-        self._step = await attempt.begin(self._name)
-        self._step.buffer = []
         attempt.busy += 1
         self._stack.callback(self._idle)
         try:
+            self._step = await attempt.begin(self._name)
+            self._step.buffer = []
             if self._engine is None:
-                self._connection = await self._stack.enter_async_context(attempt.db.acquire())
-                self._transaction = self._connection.transaction()
-                await self._transaction.start()
+                await self._open()
             else:
                 from sqlalchemy.ext.asyncio import AsyncSession  # noqa: PLC0415
 
@@ -86,6 +103,26 @@ class Transaction:
             raise
         self._token = current_step.set(self._step)
         return self._connection
+
+    async def _open(self) -> None:
+        database = self._attempt.db
+        until = database.monotonic() + database.patience
+        tries = 0
+        while True:
+            async with contextlib.AsyncExitStack() as stack:
+                try:
+                    self._connection = await stack.enter_async_context(database.acquire())
+                    self._transaction = self._connection.transaction()
+                    await self._transaction.start()
+                except DRIVER_ERRORS as error:  # it was cut while it lay in the pool
+                    tries += 1
+                    pause = db.backoff(tries)
+                    if database.monotonic() + pause > until:
+                        raise errors.Unavailable("the database cannot be reached") from error
+                else:
+                    self._stack.push_async_exit(stack.pop_all())
+                    return
+            await asyncio.sleep(pause)
 
     def _idle(self) -> None:
         self._attempt.busy -= 1
@@ -98,12 +135,16 @@ class Transaction:
         if self._recorded is not None:
             return is_passed(kind)
         async with self._stack:
-            if error is not None:
-                await self._roll_back()
-                assert self._step is not None
-                self._attempt.give_back(self._step.taken)
-            else:
+            assert self._step is not None
+            self._step.over = True
+            if error is None:
                 await self._commit()
+                return False
+            await self._roll_back()
+            self._attempt.give_back(self._step.taken)
+            if is_cut(error, self._engine is None and self._connection.is_closed()):
+                self._attempt.end("unavailable")
+                raise errors.fenced(self._attempt.claimed.run) from error
         return False
 
     async def _commit(self) -> None:
@@ -116,6 +157,7 @@ class Transaction:
             await attempt.close_gate()
         except BaseException:
             await self._roll_back()
+            attempt.give_back(step.taken)
             raise
         try:
             entries = [*step.buffer, *attempt.result_entries(step, "result", body)]
@@ -130,17 +172,23 @@ class Transaction:
                     attempt.end("fenced")
                     raise errors.fenced(attempt.claimed.run)
             point("checkpoint_sent")
-            try:
-                await (self._transaction if self._engine is None else self._connection).commit()
-            except DRIVER_ERRORS as error:
-                attempt.end("unavailable")  # perhaps committed: the next attempt will know
-                raise errors.fenced(attempt.claimed.run) from error
+            await (self._transaction if self._engine is None else self._connection).commit()
             point("checkpointed")
             for row in rows:
                 for channel_id, head in zip(row[0], row[1], strict=True):
                     attempt.moved(channel_id, head)
                 attempt.db.announce(list(row[0]), list(row[1]), False, [])
-            step.over = True
+        except Exception as error:
+            await self._roll_back()
+            if may_pass(error):
+                attempt.end("unavailable")  # perhaps committed: the next attempt will know
+                raise errors.fenced(attempt.claimed.run) from error
+            attempt.give_back(step.taken)  # what the user's rows violate shows at the flush or the commit
+            raise
+        except BaseException:
+            attempt.end("unavailable")
+            await self._roll_back()
+            raise
         finally:
             attempt.open_gate()
 

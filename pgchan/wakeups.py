@@ -38,8 +38,9 @@ CHANGED = -1  # a hint's head: something else than messages has changed
 class Followed:
     """A channel that somebody in this process follows.
 
-    id: None until the channel exists. head, head_us: the last message read and its time; base, base_us: where the
-    buffer begins (its first message is base + 1). version: counts what happened, so that a reader can wait for more.
+    id: None until the channel exists. head, head_us: the last message read and its time, 0 if that is not known; base,
+    base_us: where the buffer begins (its first message is base + 1). version: counts what happened, so that a reader
+    can wait for more.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Hub:
         self._dirty: dict[int, Followed] = {}
         self._queues: dict[int, list[Callable[[], None]]] = {}
         self.look_up = False  # whether names without a channel should be looked up
+        self._look_up_hinted = False  # whether a hint, not a sweep, asks for that
         self.fruitless = 0  # reads in a row that found nothing: hints that were invented, or late
 
     # -- who is interested
@@ -169,6 +171,7 @@ class Hub:
             return False
         if name == "pgchan_new":
             self.look_up = self.look_up or any(followed.id is None for followed in self._by_name.values())
+            self._look_up_hinted = self.look_up
             return self.look_up
         for hint in payload.split(","):
             channel, _, head = hint.partition(":")
@@ -201,10 +204,12 @@ class Hub:
 
     def looked_up(self, rows: Iterable[Row], *, fresh: bool = False) -> None:
         """Take in rows of sql.FOLLOW. fresh: followers that stand nowhere yet, so the buffer starts at the head."""
+        found = fresh
         for name, channel_id, head, head_at, closed, content_type in rows:
             followed = self._by_name.get(name)
             if followed is None or followed.id is not None:
                 continue
+            found = True
             followed.id, followed.content_type, followed.is_closed = channel_id, content_type, closed
             self._by_id[channel_id] = followed
             if fresh:
@@ -213,6 +218,11 @@ class Hub:
                 followed.stand_at(0, 0)  # it was waited for: all of it is news
                 self._dirty[channel_id] = followed
             self._tell(followed)
+        if found:
+            self.fruitless = 0
+        elif self._look_up_hinted:
+            self.fruitless += 1
+        self._look_up_hinted = False
 
     def take_dirty(self) -> tuple[list[int], list[int]]:
         """The channels to read and the last position that each has; they are clean from here on."""
@@ -239,6 +249,8 @@ class Hub:
             return True
         messages = [row_message(followed.name, followed.content_type, row[3:]) for row in group if row[3] is not None]
         own = messages.pop(0) if messages and messages[0].position == followed.head else None
+        if own is not None and followed.head_us == 0:
+            followed.head_us = microseconds(own.at)
         if head < followed.head or (own is not None and microseconds(own.at) != followed.head_us):
             # What was read before is not what is there now. Readers find the truth in the table.
             last = messages[-1] if messages else own

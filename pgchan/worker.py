@@ -21,13 +21,12 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pgchan import codec, errors, names, sql
 from pgchan.aio import AsyncClient
-from pgchan.attempt import LINGER_SECONDS, Attempt, Claimed
-from pgchan.blocking import BlockingRun
+from pgchan.attempt import INBOX_SIGNALS_MAX, LINGER_SECONDS, Attempt, Claimed
+from pgchan.blocking import BlockingRun, Threads
 from pgchan.journal import describe_error
 from pgchan.liveness import Liveness
 from pgchan.points import point
@@ -40,6 +39,7 @@ HOUSEKEEPING_SECONDS = 10.0  # how often to look for runs without code, and to r
 CHECK_SECONDS = 5.0  # how often to compare what is executed with what is held
 DEADLINE_CHECK = 0.02  # of the lease: how late a passed deadline is noticed
 FINISH_SECONDS_MAX = 1.0  # longest pause between tries to record a run's end
+CUT_SHORT_SECONDS_MAX = 1.0  # longest pause before a run that cancelled itself goes back; it grows with each claim
 LEASE_SECONDS_MIN = 1.0  # below it a busy machine looks dead
 
 log = logging.getLogger("pgchan")
@@ -48,7 +48,7 @@ log = logging.getLogger("pgchan")
 class Worker:
     """Executes runs of these workflows from these queues. `await worker.run()` until SIGTERM, SIGINT or stop().
 
-    concurrency: runs at a time, and threads for `def` code. name: shown as RunStatus.worker; default host:pid.
+    concurrency: runs at a time. name: shown as RunStatus.worker; default host:pid.
     takeover_grace: seconds that a worker whose connection was cut gets to come back before its runs go to others.
     lease: seconds of silence after which the server takes this worker for dead; it stops its own runs before that.
     drain: seconds that running steps get to finish after stop(). linger: seconds that a run which only waits stays in
@@ -79,7 +79,7 @@ class Worker:
         self._inbox_soon = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._warned: set[str] = set()
-        self._executor: ThreadPoolExecutor | None = None
+        self._threads = Threads()
         self._started = asyncio.Event()
 
     @property
@@ -129,7 +129,6 @@ class Worker:
 
     async def _run(self, liveness: Liveness) -> None:
         db = self.client._use()
-        self._executor = ThreadPoolExecutor(self.concurrency, thread_name_prefix="pgchan run")
         db.writer.on_written = self._on_written
         numbers = await db.fetch(sql.QUEUE_NUMBERS, list(self.queues))
         for _, number in numbers:
@@ -153,7 +152,6 @@ class Worker:
             await asyncio.gather(*background, *self._tasks, return_exceptions=True)
             for _, number in numbers:
                 db.listener.hub.off_queue(number, self._claim_soon.set)
-            self._executor.shutdown(wait=False, cancel_futures=True)
             db.writer.on_written = None
             self._started.clear()
 
@@ -245,7 +243,7 @@ class Worker:
         self._check_due = time.monotonic() + CHECK_SECONDS
 
     async def _keep_deadline(self, liveness: Liveness) -> None:
-        """Stop all runs when this worker may no longer act. A task of its own: claiming may be waiting for an answer."""
+        """Stop all runs when this worker may no longer act. A task of its own: claiming may be waiting meanwhile."""
         await asyncio.sleep(self._lease * DEADLINE_CHECK)
         if not liveness.alive and self._held:
             self._check_due = 0.0
@@ -331,7 +329,7 @@ class Worker:
             return
         try:
             rows = await self.client._use().fetch(
-                sql.INBOX, [a.claimed.channel_id for a in attempts], [a.seen for a in attempts]
+                sql.INBOX, [a.claimed.channel_id for a in attempts], [a.seen for a in attempts], INBOX_SIGNALS_MAX
             )
         except BaseException:
             self._dirty |= dirty
@@ -346,6 +344,8 @@ class Worker:
                 attempt.watch.known = max(attempt.watch.known, found[0][2] or 0)
             if attempt.over is None:
                 attempt.take_in(found)
+            if len(found) == INBOX_SIGNALS_MAX:
+                self._mark(attempt.claimed.channel_id)  # there may be more
 
     # -- executing
 
@@ -365,22 +365,25 @@ class Worker:
         except Exception as error:
             if attempt.over is None:
                 await self._fail(attempt, error)
+            elif attempt.over == "deadline":  # raised by code that caught the cancellation
+                await self._cut_short(attempt, error)
         except BaseException as error:
             await self._cut_short(attempt, error)
         finally:
             if deadline is not None:
                 deadline.cancel()
             await self._release(attempt)
-            del self._held[claimed.channel_id]
             if attempt.watch is not None:
                 self.client._db.listener.hub.unwatch(attempt.watch)
-            attempt.forget()
+            # This worker may have claimed the run again meanwhile; then the place is that attempt's.
+            if self._held.get(claimed.channel_id) is attempt:
+                del self._held[claimed.channel_id]
+                attempt.forget()
             self._claim_soon.set()
 
     async def _call(self, attempt: Attempt) -> Any:
-        assert self._executor is not None
         loop = asyncio.get_running_loop()
-        run = Run(attempt, self._executor)
+        run = Run(attempt, self._threads)
         blocking = run._in_threads = BlockingRun(run, loop)
         given = codec.decode(attempt.claimed.input)
         bound = attempt.workflow.bind(given["args"], given["kwargs"])
@@ -390,7 +393,7 @@ class Worker:
         current.set(blocking)
         context = contextvars.copy_context()
         return await loop.run_in_executor(
-            self._executor, lambda: context.run(attempt.workflow.fn, blocking, *bound.args, **bound.kwargs)
+            self._threads, lambda: context.run(attempt.workflow.fn, blocking, *bound.args, **bound.kwargs)
         )
 
     async def _succeed(self, attempt: Attempt, value: Any) -> None:
@@ -423,6 +426,8 @@ class Worker:
                 )
                 break
             except (errors.Unavailable, errors.Indefinite):
+                if self._stopping:
+                    return  # what is not recorded goes back as this worker leaves, and ends elsewhere
                 tries += 1
                 await asyncio.sleep(min(FINISH_SECONDS_MAX, 0.05 * tries))
         if attempt.over is None:
@@ -440,6 +445,7 @@ class Worker:
         elif attempt.over is None:
             log.warning("run %s was cut short by %s; it goes back", attempt.claimed.run, type(error).__name__)
             attempt.over = "cut short"
+            await asyncio.sleep(min(CUT_SHORT_SECONDS_MAX, 0.01 * attempt.claimed.number))  # it may be cut short again
 
     async def _release(self, attempt: Attempt) -> None:
         """Return the run to its queue if this worker still owns it and will not go on with it."""

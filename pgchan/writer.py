@@ -9,8 +9,9 @@ Order is strictly that of arrival. Where an entry cannot go along (its channel i
 its key is there already, a limit is reached) the batch ends before it. So a step's output never overtakes, nor is
 overtaken by, its result.
 
-A channel that somebody's open transaction has locked must not delay the others. The routine waits LOCK_WAIT_MS for it; then its
-entries come back, are set aside for a moment and tried again, now without waiting, while everything else goes on.
+A channel that somebody's open transaction has locked must not delay the others. The routine waits LOCK_WAIT_MS for
+it; then its entries come back, are set aside for a moment and tried again, now without waiting, while everything else
+goes on.
 
 A lost connection leaves one batch in doubt. It is all there or not at all, so one message that can be recognised
 tells: entries of an owner (the current attempt of a run; nobody else writes messages with a step there) are looked
@@ -46,6 +47,7 @@ class Queued:
     entry: Entry
     settle: Settle | None
     deadline: float
+    more: bool = False  # the next one must be in the same batch: a step's result and the signals that it consumed
 
 
 @dataclass(slots=True, eq=False)
@@ -60,7 +62,9 @@ class _Group:
 class Batch:
     """Entries that go to the database in one call, grouped by channel."""
 
-    def __init__(self) -> None:
+    def __init__(self, entries_max: int = BATCH_ENTRIES_MAX, bytes_max: int = BATCH_BYTES_MAX) -> None:
+        self._entries_max = entries_max
+        self._bytes_max = bytes_max
         self.queued: list[Queued] = []
         self._groups: dict[str, _Group] = {}
         self._slots: list[int] = []
@@ -70,21 +74,34 @@ class Batch:
 
     def add(self, queued: Queued) -> bool:
         """Take an entry along; False if this batch cannot."""
+        return self.add_together([queued])
+
+    def add_together(self, together: list[Queued]) -> bool:
+        """Take entries along that must not be parted; False if this batch cannot. An empty one takes any number."""
+        if self.queued:
+            size = self._size + sum(len(queued.entry.body) for queued in together)
+            if len(self.queued) + len(together) > self._entries_max or size > self._bytes_max:
+                return False
+            if not all(self._fits(queued.entry) for queued in together):
+                return False
+        for queued in together:
+            self._add(queued)
+        return True
+
+    def _fits(self, entry: Entry) -> bool:
+        group = self._groups.get(entry.name)
+        return group is None or (
+            group.entry.fence == entry.fence
+            and group.entry.channel_id == entry.channel_id
+            and group.entry.content_type == entry.content_type
+            and (entry.key is None or entry.key not in group.keys)
+        )
+
+    def _add(self, queued: Queued) -> None:
         entry = queued.entry
-        if self.queued and (
-            len(self.queued) >= BATCH_ENTRIES_MAX or self._size + len(entry.body) > BATCH_BYTES_MAX
-        ):  # fmt: skip
-            return False
         group = self._groups.get(entry.name)
         if group is None:
             group = self._groups[entry.name] = _Group(len(self._groups) + 1, entry)
-        elif (
-            group.entry.fence != entry.fence
-            or group.entry.channel_id != entry.channel_id
-            or group.entry.content_type != entry.content_type
-            or entry.key in group.keys
-        ):
-            return False
         if entry.key is not None:
             group.keys.add(entry.key)
         if entry.inbox is not None:
@@ -94,7 +111,6 @@ class Batch:
         self._nths.append(group.count)
         self._size += len(entry.body)
         self.queued.append(queued)
-        return True
 
     def refused_for_now(self, outcomes: list[Outcome]) -> list[Queued]:
         """The entries whose channel was locked, and those that must go with them."""
@@ -192,21 +208,20 @@ class Waiting:
         """The next batch; None if nothing waits, or all that does is set aside."""
         batch = Batch()
         if not self._aside:
-            while self._queued and batch.add(self._queued[0]):
-                self._size -= len(self._queued.popleft().entry.body)
+            while self._queued and batch.add_together(together := self._first()):
+                self._remove(together)
             return batch if batch.queued else None
         due = {lane for lane, until in self._aside.items() if until <= now}
         left: deque[Queued] = deque()
         while self._queued:
-            queued = self._queued.popleft()
-            lane = _lane(queued.entry)
+            together = self._first()
+            lane = _lane(together[0].entry)
             if lane in self._aside and lane not in due:
-                left.append(queued)
+                left.extend(self._queued.popleft() for _ in together)
                 continue
-            if not batch.add(queued):
-                left.append(queued)
+            if not batch.add_together(together):
                 break
-            self._size -= len(queued.entry.body)
+            self._remove(together)
             if lane in due:
                 batch.lock_wait = 0
         self._queued.extendleft(reversed(left))
@@ -214,11 +229,26 @@ class Waiting:
             del self._aside[lane]
         return batch if batch.queued else None
 
+    def _first(self) -> list[Queued]:
+        """The next entry, and those that must go with it."""
+        together = []
+        for queued in self._queued:
+            together.append(queued)
+            if not queued.more:
+                break
+        return together
+
+    def _remove(self, together: list[Queued]) -> None:
+        for _ in together:
+            self._size -= len(self._queued.popleft().entry.body)
+
     def take_expired(self, now: float) -> list[Queued]:
-        """Remove and return what should have been written by now."""
-        expired = [q for q in self._queued if q.deadline <= now]
+        """Remove and return what should have been written by now, and with an owner's entry all that it has here: a
+        result must not be written when output before it was given up."""
+        owners = {q.entry.owner for q in self._queued if q.deadline <= now} - {None}
+        expired = [q for q in self._queued if q.deadline <= now or q.entry.owner in owners]
         if expired:
-            self._queued = deque(q for q in self._queued if q.deadline > now)
+            self._queued = deque(q for q in self._queued if q.deadline > now and q.entry.owner not in owners)
             self._size = sum(len(q.entry.body) for q in self._queued)
         return expired
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -27,14 +28,14 @@ STOP_SECONDS = 20
 # The promise is 2 s, which a benchmark measures. This is far below the lease of 10 s that a takeover without a death
 # notice would wait for, and holds on a machine that is busy with other tests.
 TAKEOVER_SECONDS = 5.0
-PACE_SECONDS = 0.03
+PACE_SECONDS = 0.02
 
 
 class Demo:
     """A running `pgchan demo`, in a process group of its own as in a terminal."""
 
-    def __init__(self, data: Path, *options: str) -> None:
-        environment = os.environ | {"RESEARCH_PACE": str(PACE_SECONDS), "PYTHONIOENCODING": "utf-8"}
+    def __init__(self, data: Path, *options: str, pace: float = PACE_SECONDS) -> None:
+        environment = os.environ | {"RESEARCH_PACE": str(pace), "PYTHONIOENCODING": "utf-8"}
         environment.pop("OPENAI_BASE_URL", None)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pgchan.cli", "demo", "--port", "0", "--data", str(data), *options],
@@ -68,8 +69,8 @@ class Demo:
         return left
 
 
-@pytest.fixture(scope="module")
-def data() -> Iterator[Path]:
+@contextlib.contextmanager
+def directory() -> Iterator[Path]:
     """A directory that the server's user may enter, which pytest's own directories are not for root."""
     made = Path(tempfile.mkdtemp(prefix="pgchan-demo-"))
     made.chmod(0o755)
@@ -77,11 +78,18 @@ def data() -> Iterator[Path]:
     shutil.rmtree(made, ignore_errors=True)
 
 
+@pytest.fixture
+def data() -> Iterator[Path]:
+    with directory() as made:
+        yield made
+
+
 @pytest.fixture(scope="module")
-def demo(data: Path) -> Iterator[Demo]:
-    made = Demo(data)
-    yield made
-    if made.process.poll() is None:
+def demo() -> Iterator[Demo]:
+    """One demo for all tests that do not end it."""
+    with directory() as data:
+        made = Demo(data)
+        yield made
         assert made.end(signal.SIGTERM) == []
 
 
@@ -205,7 +213,6 @@ def test_a_step_that_starts_over_leaves_nothing_of_its_first_attempt(browser: Ch
     wait_for_log(browser, "void")
     wait_until(browser, lambda: "search · recorded · attempt 2" in text(browser, "#steps"), "it did not start over")
     assert "read 12 modules" in text(browser, "#steps li[data-step=search]")
-    wait_for_end(browser)
 
 
 def test_a_dropped_connection_resumes_at_the_exact_message(browser: Chrome, demo: Demo) -> None:
@@ -276,17 +283,18 @@ def test_the_page_allows_no_inline_script_and_the_kill_no_foreign_request(demo: 
     assert demo.post("/demo/kill", {"run": "nobody"}).status_code == 404
 
 
-def test_ctrl_c_ends_every_process_and_the_next_start_goes_on(demo: Demo, data: Path) -> None:
+def test_ctrl_c_ends_every_process_and_the_next_start_goes_on(data: Path) -> None:
+    demo = Demo(data)
     made = demo.post("/runs", {"workflow": "research", "args": ["http cookies"], "id": "interrupted"})
     assert made.status_code == 201
     deadline = time.monotonic() + START_SECONDS
     while demo.get("/channels/interrupted")["head"] < 30:
         assert time.monotonic() < deadline
-    os.killpg(demo.process.pid, signal.SIGINT)  # as a terminal does it
+    os.killpg(demo.process.pid, signal.SIGINT)  # as a terminal does it, and an impatient person
     assert demo.end(signal.SIGINT) == []
     assert demo.process.returncode == 0
 
-    again = Demo(data)
+    again = Demo(data, pace=0.0)
     try:
         result = again.get("/runs/interrupted/result?wait=30")["result"]
         assert len(result) == 4

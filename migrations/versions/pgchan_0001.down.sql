@@ -26,6 +26,7 @@ drop routine
   pgchan.finish(bigint, bigint, text, bytea, bytea),
   pgchan.force_durability(),
   pgchan.fork(text, text, text),
+  pgchan.hold_family(bigint),
   pgchan.leave(integer),
   pgchan.new_worker(),
   pgchan.open_signals(bigint),

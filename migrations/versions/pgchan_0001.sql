@@ -246,6 +246,11 @@ begin
            array_agg(case when d.decision = 'appended' then d.head + d.n end order by d.slot),
            array_agg(d.decision order by d.slot)
       into bases, heads, outcomes from decided d;
+    -- A key is recognised for as long as its message is kept, also on a channel that was closed since.
+    if 'closed' = any (outcomes) and exists (
+        select from unnest(slots, keys) e (slot, key) where e.key is not null and outcomes[e.slot] = 'closed') then
+      raise unique_violation;
+    end if;
     -- Positions are computed from the arrays. Joining RETURNING back to the entries instead is quadratic.
     insert into pgchan.messages (channel_id, "position", at, kind, key, step, attempt, void_from, body)
       select channel_ids[e.slot], bases[e.slot] + e.nth, append.at, e.kind, e.key, e.step, e.attempt, e.void_from, e.body
@@ -253,7 +258,8 @@ begin
         e (slot, nth, kind, key, step, attempt, void_from, body)
       where bases[e.slot] is not null;
   exception when unique_violation then
-    -- A key of the batch is stored already. Looking keys up always would cost every batch; this way only repeats pay.
+    -- A key of the batch is, or may be, stored already. Looking keys up always would cost every batch; this way only
+    -- repeats pay.
     bases := null;
     with judged as materialized (
       select e.*, g.id, g.owner, g.inbox, c.head, first."position" as stored_position, first.at as stored_at,
@@ -292,9 +298,11 @@ begin
     select array_agg(p.placed_at order by p.n), array_agg(p.decision order by p.n),
            array_agg(case when p.decision = 'appended' then append.at else p.stored_at end order by p.n)
       into positions, outcomes, ats from placed p;
-    select array_agg((select max(p.head) from unnest(positions, outcomes, slots) p (head, outcome, slot)
-                      where p.slot = g.slot and p.outcome = 'appended') order by g.slot)
-      into heads from unnest(channel_ids) with ordinality g (id, slot);
+    select array_agg(p.head order by g.slot) into heads
+      from unnest(channel_ids) with ordinality g (id, slot)
+      left join (select a.slot, max(a."position") as head
+                 from unnest(positions, outcomes, slots) a ("position", outcome, slot)
+                 where a.outcome = 'appended' group by a.slot) p on p.slot = g.slot;
   end;
 end $$;
 
@@ -387,7 +395,7 @@ begin
   end if;
   if before < 0 or before > channel.head + 1 then
     raise exception 'before must be from 0 to % (the head plus one), not %', channel.head + 1, before
-      using errcode = 'PC001';
+      using errcode = 'PC001', hint = 'the message at this position is the first one that is kept';
   end if;
   boundary := greatest(channel.trimmed, least(before - 1, channel.trimmed + most));
   if boundary > channel.trimmed then
@@ -521,12 +529,12 @@ begin
     where r.channel_id in (
       select d.channel_id from pgchan.runs d
       where d.wake_at <= clock_timestamp() and d.state in ('scheduled', 'waiting')
-      order by d.wake_at limit 1000 for update skip locked);
+      order by d.wake_at limit 1000 for no key update skip locked);
   foreach one in array queues loop  -- queue by queue: `= any` would lose the order of the index
     select array_agg(p.channel_id) into taken from (
       select r.channel_id from pgchan.runs r
       where r.state = 'scheduled' and r.wake_at is null and r.queue = one and r.workflow = any (claim.workflows)
-      order by r.priority desc, r.created_at limit most - cardinality(picked) for update skip locked) p;
+      order by r.priority desc, r.created_at limit most - cardinality(picked) for no key update skip locked) p;
     picked := picked || coalesce(taken, '{}');
     exit when cardinality(picked) >= most;
   end loop;
@@ -558,6 +566,23 @@ begin
     where c.id in (e.channel_id, e.journal_id);
 end $$;
 
+-- Lock the row of a run that is about to end, and against `suspend` that of the run which started it, in order of ids.
+-- Without the second lock a parent that suspends just before this commits would neither see the end nor be woken by it.
+-- It is a share of a lock: children that end together do not wait for each other, nor does a claim of the parent.
+create function pgchan.hold_family(run bigint) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  mother bigint := (select r.parent from pgchan.runs r where r.channel_id = run);
+begin
+  if mother < run then
+    perform from pgchan.runs r where r.channel_id = mother for key share;
+  end if;
+  perform from pgchan.runs r where r.channel_id = run for update;
+  if mother > run then
+    perform from pgchan.runs r where r.channel_id = mother for key share;
+  end if;
+end $$;
+
 -- Whether this epoch still owns this run; locks the run's row until commit.
 create function pgchan.owns(run bigint, epoch bigint) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
@@ -574,8 +599,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 begin
   perform pgchan.force_durability();
-  -- The parent's row before the child's would break the order of ids half of the time; the parent is locked last, by
-  -- the update in `settle`, and nothing that holds a parent's row waits for its child's.
+  perform pgchan.hold_family(run);
   if not pgchan.owns(run, epoch) then
     outcome := 'fenced';
     return;
@@ -584,7 +608,7 @@ begin
   outcome := 'finished';
 end $$;
 
--- What `finish` and `cancel` have in common, once they hold the run's row. Returns the parent's queue, if it waits.
+-- What `finish` and `cancel` have in common, once they hold the family. Returns the parent's queue, if it waits.
 create function pgchan.settle(run bigint, state text, result bytea, error bytea) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
@@ -603,6 +627,7 @@ begin
     case when missed is null then '{"type":"ended","state":"' || settle.state || '"}'
          else '{"type":"ended","state":"' || settle.state || '","missed":[' || missed || ']}' end, 'UTF8'));
   update pgchan.channels c set closed_at = clock_timestamp() where c.id in (run, journal);
+  -- A runs row after channels rows, against the rule; what holds the parent's for longer is kept out by the lock above.
   update pgchan.runs r set state = 'scheduled', wake_at = null
     where r.channel_id = mother and r.state = 'waiting' returning r.queue into ready;
   return ready;
@@ -661,7 +686,9 @@ begin
     return 'ready';
   end if;
   perform pgchan.supersede(array[run]);
-  update pgchan.runs r set state = 'waiting', worker = null, wake_at = suspend.wake_at where r.channel_id = run;
+  -- At its deadline a run that waits is claimed once more, to fail. `least` passes over nulls.
+  update pgchan.runs r set state = 'waiting', worker = null, wake_at = least(suspend.wake_at, r.deadline)
+    where r.channel_id = run;
   return 'waiting';
 end $$;
 
@@ -743,6 +770,7 @@ declare
   ready text;
 begin
   perform pgchan.force_durability();
+  perform pgchan.hold_family(c.id) from pgchan.channels c where c.name = cancel.run;
   select r.* into target from pgchan.runs r join pgchan.channels c on c.id = r.channel_id
     where c.name = cancel.run for update of r;
   if not found then
@@ -897,15 +925,24 @@ end $$;
 
 -- ------------------------------------------------------------------------------------------------ SQL users
 
--- A body as jsonb: JSON as it is, with the NUL that jsonb cannot hold shown as U+FFFD; text as a string; anything else
--- as base64 in a string.
+-- A body as jsonb: JSON as it is, text as a string, both with the NUL that jsonb cannot hold shown as U+FFFD; anything
+-- else, also text in another encoding than UTF-8, as base64 in a string.
 create function pgchan.as_json(body bytea, content_type text) returns jsonb
 language plpgsql immutable security definer set search_path = pg_catalog, pg_temp as $$
 begin
-  if content_type like 'application/json%' then
+  if lower(rtrim(split_part(content_type, ';', 1))) = 'application/json' then
     return regexp_replace(convert_from(body, 'UTF8'), '(?<!\\)((?:\\\\)*)\\u0000', '\1\ufffd', 'g')::jsonb;
   elsif content_type like 'text/%' then
-    return to_jsonb(convert_from(body, 'UTF8'));
+    begin
+      if position('\x00'::bytea in body) = 0 then
+        return to_jsonb(convert_from(body, 'UTF8'));
+      end if;
+      return to_jsonb(convert_from(
+        (select string_agg(case when get_byte(body, i) = 0 then '\xefbfbd' else substr(body, i + 1, 1) end, '' order by i)
+         from generate_series(0, octet_length(body) - 1) i), 'UTF8'));
+    exception when character_not_in_repertoire then
+      null;
+    end;
   end if;
   return to_jsonb(translate(encode(body, 'base64'), E'\n', ''));
 end $$;
@@ -917,9 +954,10 @@ begin
   if body is null then
     raise exception 'body must not be NULL' using errcode = 'PC001', hint = 'publish the JSON value null instead';
   elsif octet_length(body::text) > 1048576 then
-    raise exception 'body has % bytes; at most 1048576', octet_length(body::text) using errcode = 'PC001';
+    raise exception 'body has % bytes; at most 1048576', octet_length(body::text)
+      using errcode = 'PC001', hint = 'store large things elsewhere and publish their address';
   elsif octet_length(key) not between 1 and 200 or key like 'pgchan:%' then
-    raise exception 'key must have 1 to 200 bytes and not begin with "pgchan:"' using errcode = 'PC001';
+    raise exception 'key is not legal' using errcode = 'PC001', hint = '1 to 200 bytes, not beginning with "pgchan:"';
   end if;
 end $$;
 
@@ -933,15 +971,20 @@ declare
 begin
   perform pgchan.check_name(channel);
   perform pgchan.check_body(body, key);
-  select * into stored from pgchan.append(
-    array[null::bigint], array[channel], array['application/json'], null, null, array[1], null,
-    array[1], array[1], array[0::smallint], array[key], null, null, null, array[convert_to(body::text, 'UTF8')]) a;
+  loop  -- missing: somebody deleted the channel between its look-up and its lock
+    select * into stored from pgchan.append(
+      array[null::bigint], array[channel], array['application/json'], null, null, array[1], null,
+      array[1], array[1], array[0::smallint], array[key], null, null, null, array[convert_to(body::text, 'UTF8')]) a;
+    exit when stored.outcomes[1] <> 'missing';
+  end loop;
   case stored.outcomes[1]
     when 'appended', 'repeated' then null;
     when 'closed' then
-      raise exception 'channel % is closed', quote_literal(channel) using errcode = 'PC004';
+      raise exception 'channel % is closed', quote_literal(channel)
+        using errcode = 'PC004', hint = 'it takes no further messages';
     when 'type' then
-      raise exception 'channel % does not hold JSON', quote_literal(channel) using errcode = 'PC001';
+      raise exception 'channel % does not hold JSON', quote_literal(channel)
+        using errcode = 'PC001', hint = 'this function publishes application/json only';
     else
       raise exception 'key % was published to % at position % with another body', quote_literal(key),
         quote_literal(channel), stored.positions[1] using errcode = 'PC005', hint = 'use another key';
@@ -950,16 +993,25 @@ begin
   return coalesce(stored.positions[1], stored.bases[1] + 1);
 end $$;
 
--- The messages after a position, at most max; without void output.
+-- The messages after a position, at most max; without void output. Nothing if there is no such channel. Raises PC001.
 create function pgchan.read(channel text, after bigint default 0, max integer default 100)
 returns table ("position" bigint, kind text, body jsonb, key text, at timestamptz)
-language sql stable security definer set search_path = pg_catalog, pg_temp as $$
-  select m."position", (array['message', 'signal', 'control'])[m.kind + 1], pgchan.as_json(m.body, c.content_type),
-         case when m.key not like 'pgchan:%' then m.key end, m.at
-  from pgchan.channels c join pgchan.final_messages m on m.channel_id = c.id
-  where c.name = read.channel and m."position" > greatest(read.after, c.trimmed)
-  order by m."position" limit read.max
-$$;
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+begin
+  perform pgchan.check_name(channel);
+  if after is null or after < 0 or max is null or max < 1 then
+    raise exception 'read takes a position from 0 and a positive number of messages'
+      using errcode = 'PC001', hint = 'pgchan.read(channel, after => 0, max => 100)';
+  end if;
+  return query
+    select m."position", (array['message', 'signal', 'control'])[m.kind + 1],
+           pgchan.as_json(m.body, case when m.kind = 2 then 'application/json' else c.content_type end),
+           case when m.key not like 'pgchan:%' then m.key end, m.at
+    from pgchan.channels c join pgchan.final_messages m on m.channel_id = c.id
+    where c.name = read.channel and m."position" > greatest(read.after, c.trimmed)
+    order by m."position" limit read.max;
+end $$;
 
 -- Start a run in the caller's transaction; its id. Idempotent by id. Raises PC001, PC006 (the id was used for another).
 create function pgchan.start(workflow text, args jsonb default '[]', id text default null, queue text default 'default')
@@ -1021,7 +1073,7 @@ create view pgchan.run_status as
           where s.channel_id = r.journal_id and s.kind = 2 and s.body = convert_to('{"type":"started"}', 'UTF8')
             and not exists (select from pgchan.messages d where d.channel_id = s.channel_id and d.key = s.step)
           order by s."position" desc limit 1) as step,
-         convert_from(r.error, 'UTF8')::jsonb as error,
+         pgchan.as_json(r.error, 'application/json') as error,
          r.created_at, r.started_at, r.ended_at, r.wake_at
   from pgchan.runs r join pgchan.channels c on c.id = r.channel_id left join pgchan.workers w on w.id = r.worker;
 

@@ -26,6 +26,18 @@ async function start(topic) {
   if (made) location.assign(`/demo?run=${encodeURIComponent(id)}`)
 }
 
+async function introduce() {
+  element("intro").hidden = false
+  const runs = (await get(`/runs?workflow=${WORKFLOW}&limit=8`))?.runs ?? []
+  for (const { id, state, created_at } of runs) {
+    const link = make("a", id)
+    link.href = `/demo?run=${encodeURIComponent(id)}`
+    const when = new Date(created_at).toLocaleString([], { dateStyle: "medium", timeStyle: "short" })
+    element("earlier").querySelector("ul").append(make("li", link, make("small", `${state} · ${when}`)))
+  }
+  element("earlier").hidden = !runs.length
+}
+
 // ---------------------------------------------------------------------------------------------- one run
 
 let channel
@@ -48,6 +60,9 @@ if (run) {
   element("redirect").addEventListener("submit", redirect)
   document.title = `${run} · pgchan demo`
   follow().catch((error) => complain(error))
+  refresh().then(() => status.state || complain(new Error(`There is no run ${run}.`)))
+} else {
+  introduce()
 }
 
 async function follow() {

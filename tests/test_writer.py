@@ -1,0 +1,108 @@
+"""What goes into a batch, in which order, and what becomes of entries whose channel is locked."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import psycopg
+import pytest
+
+import pgchan
+from pgchan.db import Entry, Outcome
+from pgchan.writer import BATCH_BYTES_MAX, BATCH_ENTRIES_MAX, LOCK_RETRY_SECONDS, Batch, Queued, Waiting
+
+
+def queued(name: str, body: bytes = b"1", **more: Any) -> Queued:
+    return Queued(Entry(name, body, **more), None, 1e9)
+
+
+def names(batch: Batch | None) -> list[str]:
+    return [one.entry.name for one in batch.queued] if batch else []
+
+
+def test_everything_that_waits_goes_into_one_batch_in_order() -> None:
+    waiting = Waiting()
+    for name in ("a", "b", "a"):
+        waiting.put(queued(name))
+    assert names(waiting.take()) == ["a", "b", "a"]
+    assert waiting.take() is None
+
+
+def test_a_batch_ends_before_an_entry_that_cannot_go_along() -> None:
+    for first, second in [
+        (queued("a", fence=1), queued("a", fence=2)),
+        (queued("a", key="k"), queued("a", key="k")),
+        (queued("a", channel_id=1), queued("a", channel_id=2)),
+        (queued("a", content_type="text/plain"), queued("a")),
+        (queued("a", b"x" * BATCH_BYTES_MAX), queued("a")),
+    ]:
+        waiting = Waiting()
+        for one in (first, second, queued("later")):
+            waiting.put(one)
+        assert len(waiting.take().queued) == 1  # type: ignore[union-attr]
+        assert names(waiting.take()) == ["a", "later"], "what came later did not overtake"
+
+
+def test_a_batch_has_at_most_so_many_entries() -> None:
+    waiting = Waiting()
+    for _ in range(BATCH_ENTRIES_MAX + 1):
+        waiting.put(queued("a"))
+    assert [len(names(waiting.take())), len(names(waiting.take()))] == [BATCH_ENTRIES_MAX, 1]
+
+
+def test_entries_of_a_locked_channel_wait_while_others_go_on() -> None:
+    waiting = Waiting()
+    first = queued("a")
+    waiting.set_aside([first], now=10.0)
+    waiting.put(queued("a", b"2"))
+    waiting.put(queued("b"))
+    assert names(waiting.take(10.0)) == ["b"]
+    assert waiting.take(10.0) is None
+    assert waiting.seconds_aside(10.0) == pytest.approx(LOCK_RETRY_SECONDS)
+    again = waiting.take(10.1)
+    assert again is not None
+    assert [one.entry.body for one in again.queued] == [b"1", b"2"], "in order"
+    assert again.lock_wait == 0, "nobody waits for them twice"
+
+
+def test_entries_of_one_owner_are_set_aside_together() -> None:
+    batch = Batch()
+    for one in (queued("run", owner=7), queued("journal", owner=7), queued("other", owner=8), queued("free")):
+        batch.add(one)
+    words = ["locked", "blocked", "appended", "appended"]
+    refused = batch.refused_for_now([Outcome(word, 1, None, None) for word in words])
+    assert [one.entry.name for one in refused] == ["run", "journal"]
+
+
+async def test_a_channel_that_a_transaction_has_locked_does_not_delay_the_others(client: Any, dsn: str) -> None:
+    locked, free = client.channel("locked"), client.channel("free")
+    await locked.publish(0)
+    await free.publish(0)
+    with psycopg.connect(dsn) as connection:
+        connection.execute("select pgchan.publish('locked', '\"mine\"')")
+        waiting = asyncio.create_task(locked.publish("waits"))
+        began = time.monotonic()
+        for n in range(20):
+            await free.publish(n)
+        assert time.monotonic() - began < 5
+        assert not waiting.done()
+        connection.commit()
+    assert (await asyncio.wait_for(waiting, 10)).position == 3
+    assert [message.body for message in await locked.read()] == [0, "mine", "waits"]
+
+
+async def test_a_channel_that_stays_locked_is_unavailable_and_nothing_is_written(door: Any, dsn: str) -> None:
+    client = door.client(timeout=0.5)
+    channel = client.channel("locked")
+    await channel.publish(0)
+    with psycopg.connect(dsn) as connection:
+        connection.execute("select pgchan.publish('locked', '\"mine\"')")
+        try:
+            await channel.publish("late")
+            raise AssertionError("it was written")
+        except pgchan.Unavailable as error:
+            assert "locked" in str(error)
+        connection.rollback()
+    assert [message.body for message in await channel.read()] == [0]

@@ -1,0 +1,353 @@
+"""Workers as processes of their own, to kill, freeze and stop at named points; and the workflows that they execute.
+
+Run as a program this file is such a worker. It tells what happens in lines of JSON on its output, each with the time
+(CLOCK_MONOTONIC, one clock for all processes), and takes orders on its input: "go" lets it go on from a named point,
+"open NAME" opens a gate at which a step waits. `Process` is the other end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from typing import Any
+
+import psycopg
+
+import pgchan
+from pgchan import points
+
+# ------------------------------------------------------------------------------------------------ the worker's side
+
+_orders: queue.SimpleQueue[str] = queue.SimpleQueue()
+_gates: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+
+
+def tell(event: str, *facts: Any) -> None:
+    """One line, written at once: what was told before a SIGKILL arrives."""
+    os.write(1, (json.dumps([time.monotonic(), event, *facts]) + "\n").encode())
+
+
+async def gate(name: str) -> None:
+    """Wait until the test opens the gate of this name."""
+    tell("gate", name)
+    await _gates[name].wait()
+
+
+async def speak(run: pgchan.Run, words: list[str]) -> int:
+    """Executed, publishes, and waits at the gate "speak" in the middle of it."""
+    tell("executed", run.id, "speak")
+    for word in words[:-1]:
+        await run.publish(word, wait=False)
+    await gate("speak")
+    await run.publish(words[-1])
+    return len(words)
+
+
+async def count(run: pgchan.Run, step: str) -> str:
+    tell("executed", run.id, step)
+    return step
+
+
+@pgchan.workflow
+async def talk(run: pgchan.Run) -> int:
+    """A quick step, a long one that speaks, a quick one."""
+    await run.step(count, run, "before", name="before")
+    said = await run.step(speak, run, ["a", "b", "c"])
+    await run.step(count, run, "after", name="after")
+    return said
+
+
+async def answer(run: pgchan.Run) -> str:
+    tell("executed", run.id, "answer")
+    await run.publish("thinking", wait=False)
+    question = await run.receive()
+    assert question is not None
+    await run.publish(f"answer to {question.body}")
+    return str(question.body)
+
+
+@pgchan.workflow
+async def everything(run: pgchan.Run) -> list[str]:
+    """Output, a signal in the workflow and one in a step: what must be right whatever happens in between."""
+    await run.publish("begin")
+    first = await run.receive()
+    assert first is not None
+    await run.step(count, run, "middle", name="middle")
+    second = await run.step(answer, run)
+    await run.publish("end", wait=False)
+    return [str(first.body), second]
+
+
+@pgchan.workflow
+async def reserve(run: pgchan.Run) -> None:
+    """Rows of the user's own, in a transaction that waits at the gate "reserve"."""
+    async with run.transaction("reserve") as connection:
+        await connection.execute("insert into rows_of_users values ($1)", run.id)
+        await run.publish("reserved")
+        await gate("reserve")
+
+
+@pgchan.workflow
+async def receive(run: pgchan.Run) -> str:
+    """Takes a signal and waits at the gate "receive" before it is recorded."""
+
+    async def take() -> str:
+        taken = await run.receive()
+        assert taken is not None
+        await gate("receive")
+        return str(taken.body)
+
+    return await run.step(take)
+
+
+@pgchan.workflow
+async def ping(run: pgchan.Run) -> int:
+    """Tells when each signal arrives, until "stop"."""
+
+    async def listen() -> int:
+        seen = 0
+        tell("listening", run.id)
+        async for message in run.signals():
+            tell("signal", message.body)
+            if message.body == "stop":
+                break
+            seen += 1
+        return seen
+
+    return await run.step(listen)
+
+
+@pgchan.workflow
+async def endless(run: pgchan.Run) -> None:
+    """A step that notices when it is cancelled."""
+
+    async def hang() -> None:
+        tell("hanging", run.id)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            tell("cancelled", run.id)
+
+    await run.step(hang)
+
+
+@pgchan.workflow
+async def blocks(run: pgchan.Run, seconds: float) -> str:
+    """A step that blocks the event loop, which it should not."""
+
+    async def block() -> str:
+        tell("blocking", run.id)
+        time.sleep(seconds)
+        return "done"
+
+    return await run.step(block)
+
+
+@pgchan.workflow
+def stubborn(run: pgchan.Run) -> None:
+    """A step in a thread, which cannot be cancelled."""
+
+    def hang() -> None:
+        tell("hanging", run.id)
+        time.sleep(60)
+
+    run.step(hang)  # type: ignore[unused-coroutine]  # the run of a `def` workflow blocks
+
+
+WORKFLOWS = [talk, everything, reserve, receive, ping, endless, blocks, stubborn]
+
+
+def _obey(loop: asyncio.AbstractEventLoop) -> None:
+    for line in sys.stdin:
+        word, _, name = line.strip().partition(" ")
+        if word == "open":
+            loop.call_soon_threadsafe(_gates[name].set)
+        else:
+            _orders.put(word)
+
+
+def _stop_at(name: str) -> None:
+    def reached(point: str) -> None:
+        if point == name and points.reached is not None:
+            points.reached = None  # the first time only
+            tell("point", name)
+            _orders.get()
+
+    points.reached = reached
+
+
+async def _work(dsn: str, name: str, at: str | None, options: dict[str, Any]) -> None:
+    async with pgchan.AsyncClient(dsn, name=name) as client:
+        worker = pgchan.Worker(client, WORKFLOWS, name=name, **options)
+        threading.Thread(target=_obey, args=[asyncio.get_running_loop()], daemon=True).start()
+        if at is not None:
+            _stop_at(at)
+        working = asyncio.create_task(worker.run())
+        started = asyncio.create_task(worker.wait_started())
+        await asyncio.wait({working, started}, return_when=asyncio.FIRST_COMPLETED)
+        if started.done():
+            tell("started", worker.id)
+        await working
+        started.cancel()
+
+
+# ------------------------------------------------------------------------------------------------ the test's side
+
+
+class Process:
+    """A worker process. Everything that it told is in `events`, as (time, event, facts…)."""
+
+    def __init__(self, dsn: str, name: str, *, at: str | None = None, **options: Any) -> None:
+        self.dsn = dsn
+        self.name = name
+        self.events: list[list[Any]] = []
+        arguments = [dsn, name, at or "", json.dumps(options)]
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.events.append(json.loads(line))
+
+    def told(self, event: str, *facts: Any) -> list[list[Any]]:
+        """What it told so far of this event and these facts."""
+        return [entry for entry in list(self.events) if entry[1] == event and entry[2 : 2 + len(facts)] == [*facts]]
+
+    async def tells(self, event: str, *facts: Any, seconds: float = 15.0, times: int = 1) -> float:
+        """Wait until it tells of it for so many times; the time of the last."""
+        deadline = time.monotonic() + seconds
+        while len(found := self.told(event, *facts)) < times:
+            assert time.monotonic() < deadline, f"{self.name} told no {event} {facts} within {seconds} s: {self.events}"
+            assert self.process.poll() is None or self._reader.is_alive(), f"{self.name} has ended: {self.events}"
+            await asyncio.sleep(0.002)
+        at: float = found[times - 1][0]
+        return at
+
+    def order(self, what: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+
+    def open(self, gate: str) -> None:
+        self.order(f"open {gate}")
+
+    def send(self, number: signal.Signals) -> float:
+        """Send it a signal; the time."""
+        now = time.monotonic()
+        self.process.send_signal(number)
+        return now
+
+    def kill(self) -> float:
+        now = self.send(signal.SIGKILL)
+        self.process.wait()
+        return now
+
+    async def exits(self, seconds: float = 15.0) -> int:
+        """Wait for its end; the exit code."""
+        return await asyncio.to_thread(self.process.wait, seconds)
+
+    def cut(self, *roles: str) -> int:
+        """End its connections (writer, pool, listen, lock, watch; default all) from the server's side; how many."""
+        worker = self.told("started")[0][2] if self.told("started") else 0
+        names = [f"{self.name} {role}" for role in roles or ("writer", "pool", "listen")]
+        names += [f"pgchan {role} {worker}" for role in roles or ("lock", "watch") if role in ("lock", "watch")]
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+            found = connection.execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity where application_name = any (%s)", [names]
+            )
+            return len(found.fetchall())
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+class Processes:
+    """Starts worker processes on one database and ends what is left of them."""
+
+    def __init__(self, dsn: str) -> None:
+        self.dsn = dsn
+        self._started: list[Process] = []
+
+    def begin(self, name: str, *, at: str | None = None, lease: float = 3.0, **options: Any) -> Process:
+        """Start one without waiting for it. at: the named point at which it stops."""
+        options = {"lease": lease, "takeover_grace": 0.3} | options
+        self._started.append(Process(self.dsn, name, at=at, **options))
+        return self._started[-1]
+
+    async def start(self, name: str, **options: Any) -> Process:
+        """Start one and wait until it claims runs."""
+        process = self.begin(name, **options)
+        await process.tells("started", seconds=30)
+        return process
+
+    def close(self) -> None:
+        for process in self._started:
+            process.close()
+
+
+class Workers:
+    """Workers of this process, each on a client of its own; all are stopped at the end."""
+
+    def __init__(self, dsn: str) -> None:
+        self.dsn = dsn
+        self._all: list[tuple[pgchan.AsyncClient, pgchan.Worker, asyncio.Task[None]]] = []
+
+    async def start(
+        self, *workflows: Any, client: pgchan.AsyncClient | None = None, lease: float = 3.0, **options: Any
+    ) -> pgchan.Worker:  # fmt: skip
+        client = client or pgchan.AsyncClient(self.dsn, name=options.get("name", "here"))
+        options = {"lease": lease, "takeover_grace": 0.3, "drain": 1.0} | options
+        worker = pgchan.Worker(client, workflows or WORKFLOWS, **options)
+        task = asyncio.create_task(worker.run(signals=False))
+        started = asyncio.create_task(worker.wait_started())
+        await asyncio.wait({task, started}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+        self._all.append((client, worker, task))
+        return worker
+
+    async def stop(self, worker: pgchan.Worker) -> None:
+        """Stop one and wait for its end."""
+        found = next(entry for entry in self._all if entry[1] is worker)
+        self._all.remove(found)
+        await self._end(*found)
+
+    async def close(self) -> None:
+        await asyncio.gather(*(self._end(*entry) for entry in self._all))
+
+    async def _end(self, client: pgchan.AsyncClient, worker: pgchan.Worker, task: asyncio.Task[None]) -> None:
+        worker.stop()
+        await task
+        await client.close()
+
+
+async def running(dsn: str) -> AsyncIterator[Workers]:
+    """For a fixture: workers of this process that end with the test."""
+    workers = Workers(dsn)
+    yield workers
+    await workers.close()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    asyncio.run(_work(sys.argv[1], sys.argv[2], sys.argv[3] or None, json.loads(sys.argv[4])))
