@@ -37,7 +37,7 @@ from pgchan.embedded import Embedded
 
 T = TypeVar("T")
 
-ROUNDS = 5  # that count; one more comes first, to warm up
+ROUNDS = 7  # that count; one more comes first, to warm up
 ASLEEP_SECONDS = 0.002  # the end of a pause that is slept outside of the event loop, see `due_times`
 ANSWER_SECONDS = 30.0  # what a process of a benchmark may take to answer
 NOISE = 1.15  # a ratio closer to 1 than this says nothing

@@ -41,7 +41,7 @@ async def search(topic: str) -> list[_library.Passage]:
     for module in await asyncio.to_thread(_library.rank_modules, topic, MODULES_READ):
         await run.publish({"type": "reading", "module": module}, wait=False)
         found += _library.find_passages(topic, module)
-        await asyncio.sleep(3 * _model.pace())
+        await asyncio.sleep(5 * _model.pace())
     return found
 
 

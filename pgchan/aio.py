@@ -1,7 +1,7 @@
 """The async door: AsyncClient, its channels and its runs, on asyncpg.
 
-Thin: what these methods do is in channels.py and runs.py, how they wait in asyncpg_db.py. sync.py has the same
-classes, which block; test_house compares the two.
+Long, because it is all that a user calls, and thin: what these methods do is in channels.py and runs.py, how they wait
+in asyncpg_db.py. sync.py has the same classes, which block; test_house compares the two.
 """
 
 from __future__ import annotations

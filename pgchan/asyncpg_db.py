@@ -35,10 +35,14 @@ PING_SECONDS = 3.0  # how often the listener hears itself; it reconnects when it
 KNOWN_MAX = 100_000  # channels whose id and type are remembered
 LOCK_CLASS = 1_885_823_848  # of pgchan's advisory locks; in the space of two int4 keys
 
+GIVEN_UP = frozenset({"25006", "57P01", "57P02", "57P05"})  # read-only, and three ways in which a server says farewell
+
 log = logging.getLogger("pgchan")
 
 Connection = Any  # asyncpg's connections, and the proxies of its pool, share no public base class
-DRIVER_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, EOFError)
+DRIVER_ERRORS = (
+    asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError, EOFError
+)  # fmt: skip
 
 
 class AsyncpgDb:
@@ -206,8 +210,10 @@ class AsyncpgDb:
             self.stats["pages"] += 1
             rows: list[Row] = await connection.fetch(statement, *args, timeout=CALL_SECONDS)
             return rows
-        except asyncpg.ReadOnlySQLTransactionError:  # not the primary any more: connect anew, perhaps to another host
-            connection.terminate()
+        except DRIVER_ERRORS as error:
+            # Lost, or not the primary's any more: the pool must not hand it out again.
+            if not isinstance(error, asyncpg.PostgresError) or error.sqlstate in GIVEN_UP:
+                connection.terminate()
             raise
         finally:
             await pool.release(connection)
@@ -534,14 +540,19 @@ class Writer:
         if not owned:
             return None
         found: dict[int, Outcome] = {}
+        heads: dict[int, int] = {}
         for entry, indices in owned:
             assert entry.channel_id is not None
             rows = await connection.fetch(sql.WRITTEN_SINCE, entry.channel_id, self.heads[entry.channel_id])
-            for index, (position, at) in zip(indices, rows, strict=False):
-                found[index] = Outcome(db.APPENDED, entry.channel_id, position, at)
-            if rows:
-                self.heads[entry.channel_id] = rows[-1][0]
-        return found
+            if not rows or rows[0][0] != entry.fence:
+                continue  # another owner may have written there since; if the batch did not commit, it is refused now
+            heads[entry.channel_id] = self.heads[entry.channel_id]
+            for index, (_, position, at) in zip(indices, rows, strict=False):
+                if position is not None:
+                    found[index] = Outcome(db.APPENDED, entry.channel_id, position, at)
+                    heads[entry.channel_id] = position
+        self.heads.update(heads)  # only now: this is done again if the connection is lost in between
+        return found if heads else None
 
 
 # ------------------------------------------------------------------------------------------------ listening
@@ -770,7 +781,8 @@ def translate(error: BaseException, *, writing: bool) -> errors.Error:
         return db.translate(
             error.sqlstate, getattr(error, "message", None) or str(error), getattr(error, "hint", None), writing=writing
         )  # fmt: skip
-    if isinstance(error, asyncpg.InterfaceError):  # raised before anything was sent
+    # Both are raised before anything was sent; the second by a connection that has read the server's farewell.
+    if isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError):
         return db.translate(None, "", None, writing=False)
     return db.translate(None, "", None, writing=writing)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from pgchan import sql
@@ -18,6 +19,22 @@ from pgchan.errors import InvalidInput
 from pgchan.writer import Batch
 
 Announce = Callable[[list[int], list[int], bool, list[str]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A call that is kept for later: the start of a run, or a signal to one, by its name.
+
+    check: raises if the row that comes back is a refusal. size: bytes that it holds in memory.
+    """
+
+    name: str
+    text: str
+    args: tuple[Any, ...]
+    check: Callable[[Row], object]
+    size: int
+
+
 
 _PARAMETER = re.compile(r"\$(\d+)")
 _PENDING = "pgchan announcements"  # in Session.info
@@ -36,7 +53,7 @@ async def append(connection: Any, batch: Batch, announce: Announce) -> Row:
 
 async def fetch(connection: Any, statement: str, *args: object) -> list[Row]:
     """The rows of one statement, on whatever connection of asyncpg, psycopg or SQLAlchemy."""
-    modules = {kind.__module__.partition(".")[0] for kind in type(connection).__mro__}  # also of the user's subclasses
+    modules = _modules(connection)
     if "asyncpg" in modules:
         return await _asyncpg(connection, statement, args)
     if "psycopg" in modules:
@@ -47,6 +64,11 @@ async def fetch(connection: Any, statement: str, *args: object) -> list[Row]:
         f"connection must be of asyncpg, psycopg or SQLAlchemy, not {type(connection).__module__}."
         f"{type(connection).__name__}"
     )
+
+
+def _modules(connection: Any) -> set[str]:
+    # Of all its classes, for it may be a subclass of the user's own.
+    return {kind.__module__.partition(".")[0] for kind in type(connection).__mro__}
 
 
 def blocking(connection: Any) -> Any:
@@ -118,7 +140,7 @@ async def _sqlalchemy(connection: Any, statement: str, args: tuple[object, ...])
 
 def _session(connection: Any) -> Any:
     """The Session behind a Session or AsyncSession (scoped or not), which tells when it commits; else None."""
-    if not hasattr(connection, "info") and not hasattr(connection, "registry"):
+    if "sqlalchemy" not in _modules(connection):
         return None
     from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session  # noqa: PLC0415
     from sqlalchemy.orm import Session, scoped_session  # noqa: PLC0415
@@ -133,9 +155,9 @@ def _session(connection: Any) -> Any:
 def _announce_after_commit(session: Any, announce: Announce, announcement: tuple[Any, ...]) -> None:
     from sqlalchemy import event  # noqa: PLC0415
 
-    pending: list[tuple[Any, ...]] | None = session.info.get(_PENDING)
+    pending: list[tuple[Announce, tuple[Any, ...]]] | None = session.info.get(_PENDING)
     if pending is None:
-        waiting: list[tuple[Any, ...]] = []
+        waiting: list[tuple[Announce, tuple[Any, ...]]] = []
         pending = session.info[_PENDING] = waiting
 
         @event.listens_for(session, "after_commit")

@@ -82,6 +82,8 @@ async def publish_many(
         ]  # fmt: skip
         for entry in entries:
             entry.owner = 0  # one owner: what `pgchan.append` writes together or not at all
+            if look and connection is not None:
+                entry.channel_id = None  # in an old snapshot only the name tells a new channel from one that is gone
         if connection is None:
             outcomes = await db.append_together(in_batches(entries))
         elif not entries:

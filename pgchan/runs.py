@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from pgchan import channels, codec, errors, names, sql
+from pgchan.callers import Statement
 from pgchan.db import Db, Row
 from pgchan.model import ENDED, SIGNAL, STATES, Message, RunError, RunStatus
 from pgchan.workflows import DEFAULT_QUEUE, Workflow, encode_input, workflow_name
@@ -47,6 +48,20 @@ def started(run: str, outcome: str) -> bool:
     if outcome == "closed":
         raise errors.channel_closed(run)
     return outcome == "started"
+
+
+def deferred_start(values: tuple[Any, ...]) -> Statement:
+    """The start of a run, to be made later. values: of `start_arguments`."""
+    return Statement(
+        values[0], sql.ENQUEUE_IN, values, lambda row: started(values[0], row[0]), len(values[7])
+    )  # fmt: skip
+
+
+def deferred_signal(run: str, body: bytes, key: str | None) -> Statement:
+    """A signal to a run, to be sent later."""
+    return Statement(
+        run, sql.DELIVER_IN, (run, body, key), lambda row: signalled(run, body, key, row), len(body)
+    )  # fmt: skip
 
 
 async def status(db: Db, run: str) -> RunStatus:

@@ -36,11 +36,12 @@ from pgchan.append($1::bigint[], $2::text[], $3::text[], $4::bigint[], $5::bigin
 WAKE = "select pgchan.wake($1::bigint[], $2::bigint[], $3::boolean, $4::text[])"
 
 # What an owner wrote behind a position: tells after a lost answer whether the batch committed. Only the owner of a run
-# writes messages with a step, or with a key of pgchan's own, to its channel.
+# writes messages with a step, or with a key of pgchan's own, to its channel; the epoch tells who that is by now.
 WRITTEN_SINCE = """
-select m."position", m.at from pgchan.messages m
-where m.channel_id = $1::bigint and m."position" > $2::bigint
-  and (m.step is not null or m.key is not null and m.kind <> 1) order by m."position"
+select c.epoch, m."position", m.at
+from pgchan.channels c left join pgchan.messages m
+  on m.channel_id = c.id and m."position" > $2::bigint and (m.step is not null or m.key like 'pgchan:%')
+where c.id = $1::bigint order by m."position"
 """
 
 # A backend whose client has lost its connection may still be at work. It must be gone before anybody concludes from the

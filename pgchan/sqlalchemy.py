@@ -15,24 +15,13 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
 from pgchan import callers, channels, errors
-from pgchan.callers import Announce
+from pgchan.callers import Announce, Statement
 from pgchan.db import STORED, Entry, Row, drive
 
 DEFERRED_ENTRIES_MAX = 50_000  # of one transaction …
 DEFERRED_BYTES_MAX = 64 << 20  # … and the bytes of their bodies
 
 _STATE = "pgchan deferred"  # in Session.info
-
-
-@dataclass(frozen=True, slots=True)
-class Statement:
-    """A call that is deferred: the start of a run, or a signal to one. `check` raises if its row is a refusal."""
-
-    name: str
-    text: str
-    args: tuple[Any, ...]
-    check: Any  # Callable[[Row], object]
-    size: int
 
 
 @dataclass(slots=True, eq=False)
@@ -52,7 +41,7 @@ class _State:
 
 
 def defer(connection: Any, what: Entry | Statement, announce: Announce) -> None:
-    """Write this just before the Session's transaction commits. Raises InvalidInput unless `connection` is a Session."""
+    """Write this just before the transaction of a Session commits. Raises InvalidInput for other connections."""
     session = session_of(connection)
     state: _State | None = session.info.get(_STATE)
     if state is None:

@@ -1,7 +1,7 @@
 """The blocking door: Client, its channels and its runs, on psycopg.
 
-The same as aio.py without `async` and `await`: each method steps the same coroutine to its end over a Db that blocks.
-test_house compares the two.
+Long, because it is all that a user calls. The same as aio.py without `async` and `await`: each method steps the same
+coroutine to its end over a Db that blocks. test_house compares the two.
 """
 
 from __future__ import annotations

@@ -64,6 +64,7 @@ def create_app(
     site = _site(client, auth, allow_origins)
     app = App(routes=_routes(site))
     app.site = site
+    app.router.redirect_slashes = False
     app.router.default = Endpoint(site, dict.fromkeys(("GET", "POST", "PUT", "PATCH", "DELETE"), _nothing_here))
     return app
 

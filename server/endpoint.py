@@ -23,7 +23,6 @@ import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeAlias
-from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.datastructures import MutableHeaders
@@ -321,7 +320,7 @@ class Endpoint:
         # Behind a proxy that changes Host only the browser knows; pages cannot set this header.
         if request.headers.get("sec-fetch-site") == "same-origin":
             return True
-        return urlsplit(origin).netloc == request.headers.get("host")
+        return origin.partition("://")[2] == request.headers.get("host")
 
 
 def choose(accept: str, offered: Sequence[str]) -> str | None:

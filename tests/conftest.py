@@ -20,6 +20,7 @@ import pytest
 from cluster import Cluster, on_database
 from doors import Door, Reading
 from psycopg import sql
+from workers import Processes, Workers
 
 from pgchan import dsn as dsns
 from pgchan import migrate
@@ -258,3 +259,22 @@ async def reading() -> AsyncIterator[Callable[[Any], Reading]]:
     yield read
     for one in started:
         await one.stop()
+
+
+# ---- workers; see workers.py
+
+
+@pytest.fixture
+async def workers(dsn: str) -> AsyncIterator[Workers]:
+    """Starts workers in this process on this test's database; they end with the test."""
+    workers = Workers(dsn)
+    yield workers
+    await workers.close()
+
+
+@pytest.fixture
+def processes(dsn: str) -> Iterator[Processes]:
+    """Starts workers that are processes of their own on this test's database."""
+    processes = Processes(dsn)
+    yield processes
+    processes.close()

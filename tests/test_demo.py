@@ -208,7 +208,7 @@ def test_a_killed_worker_is_taken_over_and_recorded_steps_are_not_executed_again
 
 def test_a_step_that_starts_over_leaves_nothing_of_its_first_attempt(browser: Chrome, demo: Demo) -> None:
     begin(browser, demo, "temporary files")
-    wait_until(browser, lambda: "read 3 modules" in text(browser, "#steps"), "it read nothing")
+    wait_until(browser, lambda: re.search(r"read [2-9] modules", text(browser, "#steps")), "it read nothing")
     kill(browser)
     wait_for_log(browser, "void")
     wait_until(browser, lambda: "search · recorded · attempt 2" in text(browser, "#steps"), "it did not start over")

@@ -16,7 +16,8 @@ async def verdicts(dsn: str) -> dict[str, tuple[bool, str]]:
 async def test_a_healthy_database_is_fine_in_every_respect(dsn: str) -> None:
     found = await verdicts(dsn)
     assert all(is_fine for is_fine, _ in found.values()), found
-    assert {"connection", "schema", "rights", "wakeups", "notify queue", "old snapshot", "workers", "queues"} == set(found)
+    assert {"connection", "schema", "rights", "wakeups"} < set(found)
+    assert {"notify queue", "old snapshot", "workers", "queues"} < set(found)
 
 
 async def test_a_database_that_was_not_migrated_is_told_the_command(empty_dsn: str) -> None:
@@ -60,7 +61,8 @@ async def test_a_role_without_rights_is_told_which(dsn: str) -> None:
                            "grant execute on function pgchan.version() to pgchan_test_nobody")  # fmt: skip
         try:
             user = connection.info.user
-            found = await verdicts(dsn.replace(f"{user}@", "pgchan_test_nobody@").replace(f"{user}:", "pgchan_test_nobody:"))
+            other = dsn.replace(f"{user}@", "pgchan_test_nobody@").replace(f"{user}:", "pgchan_test_nobody:")
+            found = await verdicts(other)
         finally:
             connection.execute("drop owned by pgchan_test_nobody; drop role pgchan_test_nobody")
     is_fine, detail = found["rights"]

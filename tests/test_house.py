@@ -26,7 +26,7 @@ ROWS: tuple[tuple[set[str], ...], ...] = (
     ({"errors", "points"}, {"names", "dsn"}, {"codec"}, {"model"}),
     ({"sql"}, {"db"}),
     ({"writer"}, {"callers", "workflows"}, {"channels"}, {"wakeups"}, {"journal"}, {"runs"}),
-    ({"asyncpg_db", "psycopg_db"}, {"aio", "sync", "sqlalchemy"}),
+    ({"asyncpg_db", "psycopg_db"}, {"sqlalchemy"}, {"aio", "sync"}),
     ({"session"}, {"liveness"}, {"attempt"}, {"transactions"}, {"steps"}, {"blocking"}, {"worker"}),
     (
         {"migrations"}, {"migrate"}, {"env"}, {"doctor"}, {"server"}, {"console"}, {"serve"}, {"testing"}, {"examples"},
@@ -138,7 +138,8 @@ def _pairs() -> list[tuple[type, type]]:
     pairs = []
     for name, value in vars(aio).items():
         if inspect.isclass(value) and name.startswith("Async") and value.__module__ == aio.__name__:
-            pairs.append((value, getattr(sync, name.removeprefix("Async"))))
+            other = name.removeprefix("Async")
+            pairs.append((value, getattr(sync, "ChannelTail" if other == "Tail" else other)))
     return pairs
 
 

@@ -20,7 +20,8 @@ import pytest
 from cluster import Cluster
 from psycopg import conninfo
 
-from pgchan import points, sql
+from pgchan import points
+from pgchan import sql as statements
 from pgchan.errors import InvalidInput, Unavailable, UnsafeDeployment
 from pgchan.liveness import Liveness
 from pgchan.session import Session
@@ -274,7 +275,7 @@ def test_heartbeats_move_the_deadline_by_less_than_the_lease(here: Any, block_un
 def test_a_worker_on_its_own_looks_around_once_a_slice(
     here: Any, block_until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks = count(monkeypatch, sql.LOOK)
+    looks = count(monkeypatch, statements.LOOK)
     worker = here(lease=SHORT_LEASE)
     block_until(lambda: len(looks) >= 4)
     assert looks[3] - looks[0] >= 3 * 0.2 * SHORT_LEASE

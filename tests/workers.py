@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator
 from typing import Any
 
 import psycopg
@@ -154,14 +153,14 @@ async def blocks(run: pgchan.Run, seconds: float) -> str:
 
 
 @pgchan.workflow
-def stubborn(run: pgchan.Run) -> None:
+def stubborn(run: Any) -> None:
     """A step in a thread, which cannot be cancelled."""
 
     def hang() -> None:
         tell("hanging", run.id)
         time.sleep(60)
 
-    run.step(hang)  # type: ignore[unused-coroutine]  # the run of a `def` workflow blocks
+    run.step(hang)
 
 
 WORKFLOWS = [talk, everything, reserve, receive, ping, endless, blocks, stubborn]
@@ -341,13 +340,6 @@ class Workers:
         await client.close()
 
 
-async def running(dsn: str) -> AsyncIterator[Workers]:
-    """For a fixture: workers of this process that end with the test."""
-    workers = Workers(dsn)
-    yield workers
-    await workers.close()
-
-
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING)
+    logging.basicConfig(level=os.environ.get("PGCHAN_TEST_LOG", "WARNING"), format="%(asctime)s %(process)d %(message)s")
     asyncio.run(_work(sys.argv[1], sys.argv[2], sys.argv[3] or None, json.loads(sys.argv[4])))

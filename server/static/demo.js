@@ -49,6 +49,10 @@ const recorded = new Set() // names of steps whose result is in the journal
 const interrupted = new Set() // names of steps that a signal ended: they consumed it, and have no result
 const attempts = new Map() // name → the highest attempt seen
 let journalCursor = 0
+let asking = null // the request for status and journal that is under way
+let askAgain = false
+let later = 0
+let writing = null // { section, text }: the section that text goes to
 let killed = null // the message that told of a kill, until the run goes on
 let dropped = null // this page's own connection was cut: when, and at which position
 
@@ -90,9 +94,6 @@ function isNews(message) {
 
 // The run's status and what it has recorded. Asked when the channel brings news, and once more when it is quiet: a
 // step that says nothing at its end is recorded a moment after its last message.
-let asking = null
-let askAgain = false
-let later = 0
 async function refresh(isNews = true) {
   clearTimeout(later)
   if (asking) return void (askAgain = true)
@@ -117,8 +118,6 @@ async function refresh(isNews = true) {
 }
 
 // ---------------------------------------------------------------------------------------------- the report and the steps
-
-let writing = null // { section, text }: the section that text goes to
 
 function redraw() {
   element("report").replaceChildren()
