@@ -694,12 +694,11 @@ class Listener:
             now = time.monotonic()
             if now >= next_sweep:
                 next_sweep = now + SWEEP_SECONDS
-                self.hub.look_up = True
-                if ids := self.hub.swept_ids():
-                    self.hub.swept(await self._fetch(connection, sql.SWEEP, ids))
-                    await self._read(connection)
                 if unknown := self.hub.unknown_names():
                     self.hub.looked_up(await self._fetch(connection, sql.FOLLOW, unknown))
+                if ids := self.hub.swept_ids():
+                    self.hub.swept(await self._fetch(connection, sql.SWEEP, ids))
+                await self._read(connection)
             if now >= next_ping:
                 next_ping = now + PING_SECONDS
                 if not self._ping_heard:

@@ -510,7 +510,7 @@ end $$;
 -- locked against deletion until this commits, so a reaper either sees these runs or stops this claim.
 create function pgchan.claim(worker integer, queues text[], workflows text[], most integer)
 returns table (channel_id bigint, run text, journal_id bigint, workflow text, input bytea, attempt integer, epoch bigint,
-               speaks_from bigint, deadline timestamptz)
+               speaks_from bigint, deadline timestamptz, head bigint, journal_head bigint, now timestamptz)
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 declare
@@ -542,12 +542,15 @@ begin
     return;
   end if;
   perform pgchan.supersede(picked);
+  -- The heads tell whether there is anything to load. They are read here and not by the calling statement: its snapshot
+  -- is older than this claim, so it would miss what was written since, or even the channel of a run just started.
   return query
     update pgchan.runs r set state = 'running', worker = claim.worker, attempt = r.attempt + 1,
                              started_at = coalesce(r.started_at, clock_timestamp())
-    from pgchan.channels c
-    where r.channel_id = any (picked) and c.id = r.channel_id
-    returning r.channel_id, c.name, r.journal_id, r.workflow, r.input, r.attempt, c.epoch, r.speaks_from, r.deadline;
+    from pgchan.channels c, pgchan.channels j
+    where r.channel_id = any (picked) and c.id = r.channel_id and j.id = r.journal_id
+    returning r.channel_id, c.name, r.journal_id, r.workflow, r.input, r.attempt, c.epoch, r.speaks_from, r.deadline,
+              c.head, j.head, clock_timestamp();
 end $$;
 
 -- Raise the epochs of these runs' channels, both to the same number: whoever owned them can write no more. The caller

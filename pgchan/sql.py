@@ -194,12 +194,11 @@ order by s.created_at desc, s.id desc limit $4::integer
 
 # ------------------------------------------------------------------------------------------------ runs, by a worker
 
-# A claim, with what tells whether there is anything to load: a fresh run has nothing, and costs no further query.
+# A claim. Nothing may be joined to it: this statement's snapshot is older than what the routine has claimed.
 CLAIM = """
-select c.channel_id, c.run, c.journal_id, c.workflow, c.input, c.attempt, c.epoch, c.speaks_from, c.deadline,
-       h.head, j.head, clock_timestamp()
+select c.channel_id, c.run, c.journal_id, c.workflow, c.input, c.attempt, c.epoch, c.speaks_from, c.deadline, c.head,
+       c.journal_head, c.now
 from pgchan.claim($1::integer, $2::text[], $3::text[], $4::integer) c
-join pgchan.channels h on h.id = c.channel_id join pgchan.channels j on j.id = c.journal_id
 """
 # How many runs of these queues are ready that this worker has no code for, by workflow.
 UNKNOWN_WORKFLOWS = """

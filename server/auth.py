@@ -99,10 +99,11 @@ def as_auth(auth: ChannelAuth | Hook | None) -> ChannelAuth:
     """The form that the endpoint uses of what the user gave."""
     if auth is None:
         return Denied()
-    if callable(getattr(auth, "authenticate", None)) and callable(getattr(auth, "authorize", None)):
-        return auth  # type: ignore[return-value]
-    if callable(auth) and not isinstance(auth, type):
-        return _Asked(auth)
+    if not isinstance(auth, type):  # a class that nobody called
+        if callable(getattr(auth, "authenticate", None)) and callable(getattr(auth, "authorize", None)):
+            return auth  # type: ignore[return-value]
+        if callable(auth):
+            return _Asked(auth)
     raise InvalidInput("auth must have authenticate and authorize, or be one function (request, operation, channel)")
 
 

@@ -1,4 +1,4 @@
-"""/runs: start, look, wait for the result, signal, cancel, resume.
+"""/runs: start, look, wait for the result, signal, cancel, resume, fork.
 
 A run's id may have slashes, so its last segment decides: `/runs/a/b/cancel` cancels `a/b`. No id may end in one of
 these words.
@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from pgchan import RunCancelled, RunFailed, RunStatus, names
+from pgchan import AsyncClient, AsyncRunHandle, RunCancelled, RunError, RunFailed, RunStatus, names
 from pgchan.server.auth import EVERY_NAME
 from pgchan.server.channels import check_size, message_answer, parse_after
 from pgchan.server.endpoint import JSON, Call, Endpoint, Site
@@ -22,6 +22,8 @@ from pgchan.server.problems import bad_request, forbidden
 RUNS = 100  # in a list, where the caller does not say
 
 _OPTIONS = ("queue", "priority", "delay", "timeout")
+# The arguments of start itself: what a workflow's own keyword arguments cannot be called.
+_START = frozenset(AsyncClient.start.__kwdefaults__ or ())
 
 
 def runs_endpoint(site: Site) -> Endpoint:
@@ -42,6 +44,7 @@ def run_endpoints(site: Site) -> dict[str, Endpoint]:
         "signals": Endpoint(site, {"POST": signal}),
         "cancel": Endpoint(site, {"POST": cancel}),
         "resume": Endpoint(site, {"POST": resume}),
+        "fork": Endpoint(site, {"POST": fork}),
     }
 
 
@@ -51,17 +54,21 @@ async def start(call: Call) -> Response:
     workflow = names.check_label(given["workflow"], "workflow")
     # The id is chosen here if the caller has none, so that the right to start is asked for the very name.
     run = names.check_run(given["id"]) if given.get("id") is not None else names.new_run_id()
-    args, kwargs = given.get("args") or [], given.get("kwargs") or {}
+    args, kwargs = given.get("args", []), given.get("kwargs", {})
     if not isinstance(args, list) or not isinstance(kwargs, dict):
         raise bad_request("args must be an array and kwargs an object")
-    if taken := kwargs.keys() & {"id", "connection", *_OPTIONS}:
-        raise bad_request(f"kwargs may not have {min(taken)!r}")
+    if taken := _START & kwargs.keys():
+        raise bad_request(f"kwargs may not have {min(taken)!r}, which is an argument of start")
     await call.require("start", run)
     allowed = getattr(call.principal, "workflows", None)
     if allowed is not None and workflow not in allowed:
         raise forbidden()
     options = {name: given[name] for name in _OPTIONS if given.get(name) is not None}
     handle = await call.client.start(workflow, *args, id=run, **options, **kwargs)
+    return _started(call, handle)
+
+
+def _started(call: Call, handle: AsyncRunHandle) -> Response:
     answer = {"id": handle.id, "channel": handle.channel.name, "created": handle.created}
     location = f"{call.request.scope.get('root_path', '')}/runs/{handle.id}"
     return json_answer(answer, 201 if handle.created else 200, {"Location": location})
@@ -148,13 +155,28 @@ async def resume(call: Call) -> Response:
     return json_answer({"id": handle.id, "resumed": True})
 
 
+async def fork(call: Call) -> Response:
+    """Start another run that has this one's record up to a step: 201, or 200 if it was started before."""
+    handle = call.client.run(call.name)
+    given = await call.json(("step",), ("id",))
+    step = names.check_label(given["step"], "step")
+    run = names.check_run(given["id"]) if given.get("id") is not None else names.new_run_id()
+    await call.require("manage", handle.id)
+    await call.require("start", run)
+    return _started(call, await handle.fork(step, id=run))
+
+
 def as_json(status: RunStatus) -> dict[str, Any]:
     """A run's state as it is shown."""
-    return {name: _plain(value) for name, value in dataclasses.asdict(status).items()}
+    return {field.name: _plain(getattr(status, field.name)) for field in dataclasses.fields(status)}
 
 
 def _plain(value: Any) -> Any:
-    return value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ") if isinstance(value, datetime) else value
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    if isinstance(value, RunError):
+        return {"type": value.type, "message": value.message}
+    return value
 
 
 def json_answer(document: dict[str, Any], status_code: int = 200, headers: dict[str, str] | None = None) -> Response:

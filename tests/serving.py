@@ -37,8 +37,8 @@ class Running:
         self.port = listener.getsockname()[1]
         self.server = Server(config(self.app))
         self._task = asyncio.create_task(self.server.serve(sockets=[listener]))
-        while not self.server.started:
-            await asyncio.sleep(0.005)
+        while not self.server.started:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)  # uvicorn has nothing to wait for
 
     async def stop(self) -> None:
         if self.server is not None:

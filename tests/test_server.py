@@ -22,7 +22,7 @@ from pgchan import AsyncClient, InvalidInput, names
 from pgchan.server import Insecure, create_app, endpoint, routes
 
 ZERO = "0000000000000000_0000000000000000"
-WORDS_OF_OURS = ("select", "insert", "traceback", "asyncpg", "psycopg", "127.0.0.1", "postgres", "file \"")
+WORDS_OF_OURS = ("select", "insert", "traceback", "asyncpg", "psycopg", "127.0.0.1", "postgres", 'file "')
 
 Wait = Callable[..., Awaitable[None]]
 
@@ -146,9 +146,7 @@ async def test_a_long_poll_waits_for_a_channel_that_does_not_exist_yet(
     assert len((await asyncio.wait_for(polling, 5)).json()["messages"]) == 1
 
 
-async def test_a_long_poll_does_not_wait_where_there_is_an_answer(
-    client: AsyncClient, http: httpx.AsyncClient
-) -> None:
+async def test_a_long_poll_does_not_wait_where_there_is_an_answer(client: AsyncClient, http: httpx.AsyncClient) -> None:
     (cursor,) = await publish(client, "c", 1)
     async with asyncio.timeout(5):
         assert len((await http.get("/channels/c", params={"wait": 30})).json()["messages"]) == 1
@@ -298,7 +296,7 @@ async def test_a_repeated_header_is_refused(nowhere: httpx.AsyncClient) -> None:
     problem(await nowhere.post("/channels/c", content=b'{"body":1}', headers=headers), 400, "invalid_input")
 
 
-@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", None])
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "x/json", None])
 async def test_only_json_is_taken(nowhere: httpx.AsyncClient, content_type: str | None) -> None:
     headers = {"Content-Type": content_type} if content_type else {}
     for path in ("/channels/c", "/runs", "/runs/r/signals"):
@@ -341,9 +339,7 @@ async def test_a_request_may_have_little_more(http: httpx.AsyncClient, extra: in
         assert response.status_code == 201
 
 
-async def test_a_body_that_never_ends_is_not_waited_for(
-    client: AsyncClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_body_that_never_ends_is_not_waited_for(client: AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "REQUEST_SECONDS_MAX", 0.1)
     async with Running(create_app(client, auth=Insecure())) as served:
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
@@ -496,7 +492,8 @@ async def test_without_a_database_it_is_unavailable_for_now(server: Cluster) -> 
         server.stop("immediate")
         for response in [
             await http.get("/channels/c"), await http.post("/channels/c", json={"body": 1}),
-            await http.post("/runs", json={"workflow": "w"}), await http.get("/runs/r"), await http.delete("/channels/c"),
+            await http.post("/runs", json={"workflow": "w"}), await http.get("/runs/r"),
+            await http.delete("/channels/c"),
         ]:  # fmt: skip
             problem(response, 503, "unavailable")
             assert int(response.headers["retry-after"]) >= 1

@@ -259,9 +259,7 @@ async def test_a_reader_behind_the_trim_boundary_is_told_and_goes_on(client: Asy
         assert message_of(await reader.next())["position"] == 6
 
 
-async def test_a_reader_whose_history_is_gone_is_told_and_starts_again(
-    client: AsyncClient, served: Running
-) -> None:
+async def test_a_reader_whose_history_is_gone_is_told_and_starts_again(client: AsyncClient, served: Running) -> None:
     cursors = await publish(client, "c", 1, 2)
     await client.channel("c").delete()
     again = await publish(client, "c", "new 1", "new 2", "new 3")
@@ -341,23 +339,33 @@ async def test_a_reader_that_takes_nothing_is_cut_and_resumes_exactly(
 
 
 async def test_a_new_stream_waits_for_a_database_that_is_away(server: Cluster) -> None:
-    async with AsyncClient(server.dsn, timeout=0.5) as client:
+    async with (
+        AsyncClient(server.dsn, timeout=0.5) as client,
+        Running(create_app(client, auth=Insecure())) as served,
+        follow(served.port, "/channels/c") as open_before,
+    ):
         (cursor,) = await publish(client, "c", 1)
-        async with Running(create_app(client, auth=Insecure())) as served:
-            async with follow(served.port, "/channels/c") as open_before:
-                await open_before.next()
-                await open_before.next()
-                server.stop("immediate")
-                async with follow(served.port, "/channels/c", Last_Event_ID=cursor) as reader:
-                    assert reader.status == 200
-                    assert (await reader.next())["id"] == cursor
-                    assert await reader.next() == {"": "waiting"}
-                    server.start()
-                    await publish(client, "c", 2)
-                    for each in (open_before, reader):
-                        while "data" not in (event := await each.next(20)):
-                            pass
-                        assert message_of(event)["position"] == 2
+        assert (await open_before.next()).keys() == {"retry", "id"}
+        assert message_of(await open_before.next())["position"] == 1
+        server.stop("immediate")
+        async with (
+            follow(served.port, "/channels/c", Last_Event_ID=cursor) as followed,
+            follow(served.port, "/channels/new?after=now") as fresh,
+        ):
+            assert (await followed.next())["id"] == cursor
+            assert (await fresh.next()).keys() == {"retry"}  # nobody knows yet where it stands
+            assert await followed.next() == await fresh.next() == {"": "waiting"}
+            server.start()
+            await publish(client, "c", 2)
+            for each in (open_before, followed):
+                while "data" not in (event := await each.next(20)):
+                    pass
+                assert message_of(event)["position"] == 2
+            while "id" not in (block := await fresh.next(20)):
+                pass
+            assert block == {"id": ZERO}
+            await publish(client, "new", 1)
+            assert message_of(await fresh.next())["position"] == 1
 
 
 async def test_streams_end_in_good_order_when_the_process_is_to_end(client: AsyncClient, served: Running) -> None:
@@ -376,11 +384,10 @@ async def test_streams_end_in_good_order_when_the_process_is_to_end(client: Asyn
 async def test_routes_can_be_mounted_where_no_lifespan_runs(dsn: str) -> None:
     client = AsyncClient(dsn)
     app = Starlette(routes=[Mount("/pgchan", routes=routes(client, auth=Insecure()))])
-    async with Running(app) as served:
-        async with follow(served.port, "/pgchan/channels/a/b") as reader:
-            assert (await reader.next())["id"] == ZERO
-            await publish(client, "a/b", 1)
-            assert message_of(await reader.next())["channel"] == "a/b"
-            await client.channel("a/b").close()
-            assert (await reader.next())["event"] == "end"
+    async with Running(app) as served, follow(served.port, "/pgchan/channels/a/b") as reader:
+        assert (await reader.next())["id"] == ZERO
+        await publish(client, "a/b", 1)
+        assert message_of(await reader.next())["channel"] == "a/b"
+        await client.channel("a/b").close()
+        assert (await reader.next())["event"] == "end"
     await client.close()
