@@ -125,6 +125,7 @@ class Attempt:
         self._settled = asyncio.Event()
         self._gate: asyncio.Event | None = None  # set while a transaction commits: nobody else writes
         self._deferred: list[Entry] = []  # what could not wait for the gate
+        self._owes_values = False  # whether values of record_soon may be on their way
         self._leaving: asyncio.TimerHandle | None = None
         self._published = 0
         self._refused: errors.Error | None = None
@@ -278,6 +279,9 @@ class Attempt:
             self.end("stopped")
             await asyncio.sleep(0)  # cancelled here
             self.check()
+        if self._owes_values:  # the step may act on them, so they must be the same if it is executed again
+            await self.flushed()
+            self._owes_values = False
         tries = self.journal.tries(name)
         tries.last += 1
         step = StepContext(name, tries.last)
@@ -379,7 +383,8 @@ class Attempt:
         point("checkpointed")
 
     def record_soon(self, name: str, body: bytes) -> None:
-        """Record a value without waiting: what is recorded later carries it along."""
+        """Record a value without waiting: what is recorded later carries it along, and no step begins before."""
+        self._owes_values = True
         entry = self.note(body, kind=MESSAGE, key=name, step=name, number=1)
         if self._gate is None:
             self._put_soon(entry)

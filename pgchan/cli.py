@@ -163,9 +163,9 @@ def _confirm(question: str) -> None:
 @_with_json
 def doctor(dsn: str | None, as_json: bool) -> None:
     """Tell whether this server, pooler and role are fit to run on, and what to change. Status 1 if they are not."""
-    from pgchan import doctor as program
+    from pgchan.doctor import check
 
-    findings = asyncio.run(program.check(dsn))
+    findings = asyncio.run(check(dsn))
     console.print_rows(findings, as_json)
     if not all(finding.is_fine for finding in findings):
         raise click.exceptions.Exit(1)

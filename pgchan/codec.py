@@ -65,7 +65,9 @@ def decode(raw: bytes) -> Any:
 def parse(raw: bytes | str, what: str = "body") -> Any:
     """The value of JSON text from outside; InvalidInput where it is not what `encode` would take."""
     try:
-        value = json.loads(raw, parse_constant=_refuse_constant, parse_float=_finite)
+        # Not left to json.loads, which guesses UTF-16 and lets surrogates pass.
+        text = raw if isinstance(raw, str) else raw.decode()
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except InvalidInput as error:
         raise InvalidInput(f"{what}: {error}") from None
     except RecursionError:
@@ -75,8 +77,7 @@ def parse(raw: bytes | str, what: str = "body") -> Any:
     except ValueError as error:
         raise InvalidInput(f"{what} is not JSON: {error}") from None
     _check(value, "$", 0, what)
-    # In bytes, which were UTF-8, only an escape can have brought one in.
-    if (isinstance(raw, str) or b"\\u" in raw) and (found := _surrogate(value, "$")):
+    if (isinstance(raw, str) or "\\u" in text) and (found := _surrogate(value, "$")):
         raise InvalidInput(f"{what} holds a lone surrogate at {found}; UTF-8 has none")
     return value
 

@@ -227,30 +227,32 @@ class Liveness:
         with self._connect(watch=True) as session:
             worker = self.id
             session.configure({"application_name": f"pgchan watch {worker}"})
-            suspects: dict[tuple[int, int], float] = {}
+            suspects: dict[tuple[int, int], tuple[float, float]] = {}
             while self.id == worker and not self._stop.is_set():
                 suspects = self._look(session, worker, suspects)
 
     def _look(
-        self, session: Session, worker: int, suspects: dict[tuple[int, int], float]
-    ) -> dict[tuple[int, int], float]:
+        self, session: Session, worker: int, suspects: dict[tuple[int, int], tuple[float, float]]
+    ) -> dict[tuple[int, int], tuple[float, float]]:
         """Reap who has been suspect for long enough, then wait for a slice or the next death; who is suspect now.
 
-        suspects: when each was first seen without its lock; the key is its id and the session that held it.
+        suspects: when each was first seen without its lock, and when it is due here; the key is its id and the session
+        that held it. It stays due then, although a newcomer may stand nearer to it by now: that one saw it later.
         """
         rows = [(int(found or 0), int(pid or 0), held == "t") for found, pid, held in session.fetch(sql.LOOK)]
         now = time.monotonic()
         until = now + self._slice
         watched: int | None = None
-        seen: dict[tuple[int, int], float] = {}
+        seen: dict[tuple[int, int], tuple[float, float]] = {}
         for other, pid, held in sorted(rows, key=lambda row: (row[0] > worker, -row[0])):  # down the ring
             if other == worker:
                 continue
             if held:
                 watched = other if watched is None else watched
                 continue
-            since = seen[other, pid] = suspects.get((other, pid), now)
-            due = since + self._grace + (0.0 if watched is None else self._slice)  # beyond: another one's to reap
+            since, due = suspects.get((other, pid), (now, math.inf))
+            due = min(due, since + self._grace + (0.0 if watched is None else self._slice))  # beyond: another's to reap
+            seen[other, pid] = since, due
             if due <= now and not self._reap(session, other):
                 due = now + REAP_AGAIN_SECONDS
             until = min(until, due) if due > now else until

@@ -130,8 +130,8 @@ class RunError(str):
         error.type, error.message = type, message
         return error
 
-    def __getnewargs__(self) -> tuple[str, str]:
-        return self.type, self.message
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RunError, (self.type, self.message)
 
 
 @dataclass(frozen=True, slots=True)

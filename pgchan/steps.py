@@ -289,7 +289,7 @@ class Run:
         return cast(float, self._recorded_value("random", random.random))
 
     def _recorded_value(self, kind: str, make: Callable[[], Any]) -> Any:
-        # Not awaited: what is recorded later carries it along, and before that nothing depends on it.
+        # Not awaited: what is recorded later carries it along, and a step that could depend on it waits for it.
         attempt = self._attempt
         name = self._next_name(None, None, kind)
         if (recorded := attempt.journal.reach(name)) is not None:
@@ -436,6 +436,7 @@ class Child:
         parent = self._parent
         default = f"{parent._attempt.claimed.journal_id}/{parent._attempt.journal.name(None, None, 'signal')}"
         raw, key = codec.encode(body), names.check_key(key if key is not None else default)
+        await parent._attempt.flushed()
         return runs.signalled(self.id, raw, key, await _repeated(parent._attempt, sql.DELIVER, self.id, raw, key))
 
     async def cancel(self) -> bool:

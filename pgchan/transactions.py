@@ -17,6 +17,7 @@ import contextvars
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
 import psycopg
 
 from pgchan import callers, channels, codec, db, errors, sql
@@ -63,6 +64,13 @@ def is_cut(error: BaseException, closed: bool) -> bool:
     if (invalidated := getattr(error, "connection_invalidated", None)) is not None:  # of SQLAlchemy
         return bool(invalidated)
     return closed and isinstance(error, (*DRIVER_ERRORS, psycopg.Error))
+
+
+def _is_closed(connection: Any) -> bool:
+    try:
+        return bool(connection.is_closed())
+    except asyncpg.InterfaceError:  # the pool has taken it back already
+        return True
 
 
 class Transaction:
@@ -142,7 +150,7 @@ class Transaction:
                 return False
             await self._roll_back()
             self._attempt.give_back(self._step.taken)
-            if is_cut(error, self._engine is None and self._connection.is_closed()):
+            if is_cut(error, self._engine is None and _is_closed(self._connection)):
                 self._attempt.end("unavailable")
                 raise errors.fenced(self._attempt.claimed.run) from error
         return False
