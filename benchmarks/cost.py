@@ -1,9 +1,10 @@
 """What do a thousand tokens, a run of ten steps and an idle process cost the database?
 
-Counts, not times: they are the same on every machine. Commits and rows come from pg_stat_database, the write-ahead log
-from its position, NOTIFYs from a connection that listens to all of pgchan's names, statements from pg_stat_statements
-(which the embedded server loads; elsewhere that column stays empty). The floor of the log is one plain INSERT of the
-same rows, in as many statements as there were batches.
+Counts, not times: they are the same on every machine. Rows and commits are counted in the write-ahead log itself
+(pg_walinspect, PostgreSQL 15 and newer), so a server that others use at the time counts their work too. NOTIFYs are
+heard by a connection that listens to all of pgchan's names; statements are those of pg_stat_statements, which the
+embedded server loads and others may lack. The floor of the log is one plain INSERT of the same rows, in as many
+statements as there were batches.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import asyncpg
-import psutil
-from _common import Process, Report, main
+from _common import Process, Report, cpu_seconds, main
 from latency import read_ours
 from steps import ten, working
 
@@ -28,15 +29,24 @@ TOKEN = "x" * 32  # 34 bytes as JSON
 BATCH = 100
 RUNS = 32
 IDLE_SECONDS = 8.0
-SETTLE_SECONDS = 0.6  # counters of other sessions are reported with a delay
+SETTLE_SECONDS = 0.3  # for wakeups that are still on their way
 COMMITS_PER_RUN_MAX = {1: 12.0, 32: 1.0}
 FLOOR_ROWS = """
 insert into floor.messages (channel_id, "position", at, kind, body)
 select 5, e.place, clock_timestamp(), 0, $2::bytea from unnest($1::bigint[]) e (place)
 """
-COUNTERS = """
-select d.xact_commit, d.tup_inserted + d.tup_updated + d.tup_deleted, pg_current_wal_lsn() - '0/0'::pg_lsn
-from pg_stat_database d where d.datname = current_database()
+POSITION = "select pg_current_wal_flush_lsn()"
+# A transaction that only sends NOTIFYs has a commit record and nothing else; it does not wait for the disk.
+LOGGED = """
+with w as materialized (
+  select r.xid::text as xid, r.resource_manager || '/' || r.record_type as kind, r.description
+  from pg_get_wal_records_info($1::pg_lsn, $2::pg_lsn) r
+), writing as (select distinct w.xid from w where w.kind ~ '^Heap2?/')
+select $2::pg_lsn - $1::pg_lsn,
+       count(*) filter (where w.kind = 'Transaction/COMMIT'
+                          and (w.xid in (select xid from writing) or w.description like '%subxacts%')),
+       count(*) filter (where w.kind ~ '^Heap2?/(INSERT|UPDATE|HOT_UPDATE|DELETE)')
+from w
 """
 CALLS = """
 select coalesce(sum(s.calls), 0)::bigint from pg_stat_statements s join pg_database d on d.oid = s.dbid
@@ -46,28 +56,28 @@ where d.datname = current_database() and s.query not like '%pg_stat_%'
 
 @dataclass(slots=True)
 class Counts:
-    """What happened between two looks. statements: None where nothing counts them."""
+    """What happened between two looks. commits: those that wrote. statements: None where nothing counts them."""
 
+    wal: float
     commits: float
     rows: float
-    wal: float
     notifies: float
     statements: float | None
 
 
 class Counter:
-    """Counts what a database does, from a connection beside those that are measured."""
+    """Counts what a server does, from a connection beside those that are measured."""
 
     def __init__(self, connection: asyncpg.Connection) -> None:
         self._connection = connection
         self._counts_statements = False
         self._heard = 0
-        self._looks = 0
 
     async def start(self) -> None:
         """Listen, and see whether statements are counted."""
         for name in LISTEN_NAMES:
             await self._connection.add_listener(name, self._hear)
+        await self._connection.execute("create extension if not exists pg_walinspect")
         with contextlib.suppress(asyncpg.PostgresError):
             await self._connection.execute("create extension if not exists pg_stat_statements")
             await self._connection.fetchval(CALLS)
@@ -78,24 +88,17 @@ class Counter:
 
     async def during(self, work: Callable[[], Awaitable[object]]) -> Counts:
         """What is counted while this is done."""
-        before = await self._look()
+        start, heard, calls = await self._look()
         await work()
-        after = await self._look()
-        # A look is up to three statements in transactions of their own, which are not the work's.
-        commits, rows, wal, notifies, statements = (b - a for a, b in zip(before, after, strict=True))
-        return Counts(commits - self._looks, rows, wal, notifies, statements if self._counts_statements else None)
+        end, heard_then, calls_then = await self._look()
+        wal, commits, rows = (float(value) for value in await self._connection.fetchrow(LOGGED, start, end))
+        return Counts(wal, commits, rows, heard_then - heard, calls_then - calls if self._counts_statements else None)
 
-    async def _look(self) -> tuple[float, float, float, float, float]:
+    async def _look(self) -> tuple[str, int, int]:
         await asyncio.sleep(SETTLE_SECONDS)
-        self._looks = 0
-        statements = 0
-        if self._counts_statements:
-            statements = await self._connection.fetchval(CALLS)
-            self._looks += 1
-        await self._connection.execute("select pg_stat_force_next_flush(), pg_stat_clear_snapshot()")
-        commits, rows, wal = await self._connection.fetchrow(COUNTERS)
-        self._looks += 2
-        return commits, rows, float(wal), self._heard, statements
+        position = await self._connection.fetchval(POSITION)
+        calls = await self._connection.fetchval(CALLS) if self._counts_statements else 0
+        return position, self._heard, calls
 
 
 async def tokens(report: Report, client: pgchan.AsyncClient, counter: Counter) -> None:
@@ -143,12 +146,12 @@ async def runs(report: Report, client: pgchan.AsyncClient, counter: Counter) -> 
             counted = await counter.during(work)
             name = f"run of 10 steps, {count} at a time"
             report.figure(f"{name}: log", "B", counted.wal / RUNS)
-            _lines(report, name, counted, per=RUNS)
+            _lines(report, name, counted, per=RUNS, commits_max=COMMITS_PER_RUN_MAX[count])
 
 
-def _lines(report: Report, name: str, counted: Counts, *, per: int) -> None:
+def _lines(report: Report, name: str, counted: Counts, *, per: int, commits_max: float | None = None) -> None:
+    report.figure(f"{name}: commits", "", counted.commits / per, at_most=commits_max)
     report.figure(f"{name}: rows written", "", counted.rows / per)
-    report.figure(f"{name}: commits, those of NOTIFYs and reads too", "", counted.commits / per)
     report.figure(f"{name}: NOTIFYs", "", counted.notifies / per)
     if counted.statements is not None:
         report.figure(f"{name}: statements", "", counted.statements / per)
@@ -160,22 +163,20 @@ async def idle(report: Report, counter: Counter) -> None:
         reader = Process(read_ours, report.dsn, "cost/tokens")
         await reader.answer()
 
-        async def measured(name: str) -> None:
-            own, other = psutil.Process().cpu_times(), reader.cpu()
+        async def measured(name: str, pid: int) -> None:
+            used = cpu_seconds(pid)
             counted = await counter.during(lambda: asyncio.sleep(IDLE_SECONDS))
-            now = psutil.Process().cpu_times()
+            used = cpu_seconds(pid) - used
             seconds = IDLE_SECONDS + SETTLE_SECONDS
-            calls = counted.commits if counted.statements is None else counted.statements
-            report.figure(f"idle {name}: statements per second", "/s", calls / seconds, at_most=3.0)
-            used = reader.cpu() - other if name == "reader" else now.user + now.system - own.user - own.system
+            if counted.statements is not None:
+                report.figure(f"idle {name}: statements per second", "/s", counted.statements / seconds, at_most=3.0)
             report.figure(f"idle {name}: processor", "% of a core", 100 * used / seconds, at_most=0.5)
 
-        await measured("reader")
+        await measured("reader", reader.pid)
         reader.kill()
-        await asyncio.sleep(0.5)
         async with working(client, 10):
             await asyncio.sleep(1)
-            await measured("worker")
+            await measured("worker", os.getpid())
 
 
 async def measure(report: Report) -> None:

@@ -22,7 +22,7 @@ from _common import FLOOR_INSERT, Report, interleave, main, percentile
 import pgchan
 
 TASKS = (1, 8, 32, 256)
-SECONDS = 0.8  # of one variant in one round
+SECONDS = 0.6  # of one variant in one round
 STEPS_PER_RUN = 10
 TOKENS = 2_000
 GROUPED_AT_LEAST = 8.0  # 32 tasks, against one

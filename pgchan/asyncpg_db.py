@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import select
 import socket
 import time
 import uuid
@@ -207,6 +208,8 @@ class AsyncpgDb:
         except DRIVER_ERRORS as error:
             raise translate(error, writing=False) from error
         try:
+            if await _is_cut(connection):
+                raise errors.Unavailable("the database cannot be reached")
             self.stats["pages"] += 1
             rows: list[Row] = await connection.fetch(statement, *args, timeout=CALL_SECONDS)
             return rows
@@ -454,7 +457,7 @@ class Writer:
         return self._waiting.take_expired(now)
 
     async def _connected(self) -> Connection | None:
-        if self._connection is not None and not self._connection.is_closed():
+        if self._connection is not None and not await _is_cut(self._connection):
             return self._connection
         connection = None
         try:
@@ -508,13 +511,13 @@ class Writer:
         if found is None:  # nobody's entries can tell: only those with a key can be sent again
             again = [queued for queued in batch.queued if queued.entry.key is not None]
             _settle_all([queued for queued in batch.queued if queued.entry.key is None], doubt)
-            self._waiting.put_back(again)
+            self._try_again(again, doubt)
         elif not found:
             # What an owner wrote is not there: the batch did not commit, or the owner was superseded and only its own
             # entries were refused. Of the others only those with a key can be sent again without a doubt.
             safe = [queued for queued in batch.queued if queued.entry.owner is not None or queued.entry.key is not None]
             _settle_all([queued for queued in batch.queued if queued not in safe], doubt)
-            self._waiting.put_back(safe)
+            self._try_again(safe, doubt)
         else:
             rest = []
             for index, queued in enumerate(batch.queued):
@@ -525,7 +528,13 @@ class Writer:
                     rest.append(queued)
                 else:
                     _settle_all([queued], doubt)
-            self._waiting.put_back(rest)
+            self._try_again(rest, doubt)
+        await asyncio.sleep(db.backoff(1))
+
+    def _try_again(self, queued: list[Queued], doubt: errors.Error) -> None:
+        now = time.monotonic()
+        _settle_all([one for one in queued if one.deadline <= now], doubt)
+        self._waiting.put_back([one for one in queued if one.deadline > now])
 
     async def _look_for(self, batch: Batch, backend: Row | None) -> dict[int, Outcome] | None:
         """What of the batch is stored, by index; empty: nothing; None: it cannot be told."""
@@ -799,6 +808,18 @@ def _settle_all(queued: list[Queued], error: errors.Error) -> None:
     for one in queued:
         if one.settle is not None:
             one.settle(error)
+
+
+async def _is_cut(connection: Connection) -> bool:
+    """Whether the server has hung up on this connection, which is not in use; also if the loop has not seen it yet."""
+    transport = getattr(connection, "_transport", None)
+    raw = transport.get_extra_info("socket") if transport is not None else None
+    if raw is not None and raw.fileno() >= 0:
+        poll = select.poll()
+        poll.register(raw.fileno(), select.POLLIN)
+        if poll.poll(0):
+            await asyncio.sleep(0.001)  # let it read what is there, and perhaps that there will be no more
+    return bool(connection.is_closed())
 
 
 async def _close(connection: Connection) -> None:

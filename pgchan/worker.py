@@ -93,7 +93,9 @@ class Worker:
 
     def stop(self) -> None:
         """Let run() end: no more claims, running steps get `drain` seconds, the rest goes back. From any thread."""
-        if self._loop is not None and not self._loop.is_closed():
+        if self._loop is None:
+            self._stopping = True  # run() will end as it begins
+        elif not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._stop)
 
     def _stop(self) -> None:

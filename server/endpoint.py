@@ -11,6 +11,7 @@ There is no middleware: one that wraps `receive` hides the client's leaving from
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import random
@@ -20,9 +21,9 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import uvicorn
 from starlette.datastructures import MutableHeaders
@@ -38,6 +39,7 @@ URL_BYTES_MAX = 8 << 10  # what browsers and proxies agree on
 REQUEST_BYTES_MAX = names.BODY_BYTES_MAX + (64 << 10)  # a message of the greatest size, and what stands around it
 REQUEST_SECONDS_MAX = 15.0  # for the body to arrive
 WAIT_SECONDS_MAX = 30.0  # of a long poll
+LOOK_SECONDS = 1.0  # between two looks at all streams
 DRAIN_SECONDS = 0.7  # over which streams end, so that their readers do not come back all at once
 
 JSON = "application/json"
@@ -60,6 +62,8 @@ class Site:
         self.allow_origins = frozenset(allow_origins)
         self.is_draining = False
         self._spans: set[Span] = set()
+        self._watched: set[Watched] = set()
+        self._looking: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def enter(self, span: Span) -> None:
@@ -75,6 +79,26 @@ class Site:
         """Count it no more."""
         self._spans.discard(span)
 
+    @contextlib.contextmanager
+    def looking_at(self, stream: Watched) -> Iterator[None]:
+        """Look at a stream every LOOK_SECONDS. One timer for all: two for each message would cost more than sending it."""
+        self._watched.add(stream)
+        if self._looking is None:
+            self._look_later()
+        try:
+            yield
+        finally:
+            self._watched.discard(stream)
+
+    def _look_later(self) -> None:
+        self._looking = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look) if self._watched else None
+
+    def _look(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for stream in tuple(self._watched):
+            stream.look(now)
+        self._look_later()
+
     def drain(self) -> None:
         """End every stream and long poll within a second. From any thread."""
         if self._loop is None or self._loop.is_closed():
@@ -88,10 +112,17 @@ class Site:
             span.end_soon("draining")
 
 
+class Watched(Protocol):
+    """A stream, seen from the site."""
+
+    def look(self, now: float) -> None:
+        """Do what is due at this time of the loop."""
+
+
 class Span:
     """`async with`: a block that ends early, and quietly, when the client leaves, the server drains or a right expires.
 
-    ended: "gone", "draining" or "expired" then; None where the block came to its own end.
+    ended: the reason, which is "gone", "draining", "expired" or what end() was told; None where the block came to its own end.
     """
 
     def __init__(self, site: Site, receive: Receive, expires_at: float | None) -> None:
@@ -128,9 +159,10 @@ class Span:
         self._end_in(random.uniform(0.0, DRAIN_SECONDS), reason)  # noqa: S311
 
     def _end_in(self, seconds: float, reason: str) -> None:
-        self._timers.append(asyncio.get_running_loop().call_later(seconds, self._end, reason))
+        self._timers.append(asyncio.get_running_loop().call_later(seconds, self.end, reason))
 
-    def _end(self, reason: str) -> None:
+    def end(self, reason: str) -> None:
+        """End it now."""
         if self.ended is None:
             self.ended = reason
             self._timeout.reschedule(asyncio.get_running_loop().time())
@@ -138,7 +170,7 @@ class Span:
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self._end("gone")
+        self.end("gone")
 
 
 class Call:

@@ -27,7 +27,7 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from pgchan import AsyncChannel, HistoryLost, Message, Reset, Unavailable, names
-from pgchan.server.endpoint import Call
+from pgchan.server.endpoint import LOOK_SECONDS, Call
 
 HEARTBEAT_SECONDS = 15.0  # of silence; proxies close what is silent for a minute
 STALL_SECONDS = 15.0  # for a client to take what was sent
@@ -66,32 +66,51 @@ class EventStream:
         # Where this reader stood before its first message; None until the database was asked.
         self._cursor = names.format_cursor(0, 0) if after == 0 else self._tail.cursor
         self._is_open = False
+        self._sent_at = 0.0
+        self._sending_since: float | None = None
+        self._beat: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._send = send
         last = b""
         try:
-            async with self._call.span() as span:
+            async with self._call.span() as self._span, self._call.site.looking_at(self):
                 last = await self._stream()
-            if span.ended == "gone":
+            if self._span.ended in ("gone", "stalled"):
                 return
-            if not self._is_open:
-                await self._open(200)
-            await self._write(_EXPIRED if span.ended == "expired" else last, more=False)
-        except _Stalled:
-            # Returning without the last chunk cuts the connection; a client that reads nothing would not notice.
-            scope.get("extensions", {}).get(ABORT, lambda: None)()
+            async with asyncio.timeout(STALL_SECONDS):
+                if not self._is_open:
+                    await self._open(200)
+                await self._write(_EXPIRED if self._span.ended == "expired" else last, more=False)
+        except TimeoutError:
+            self._span.ended = "stalled"
         finally:
             self._tail.unfollow()
+            if self._beat is not None:
+                self._beat.cancel()
+            if self._span.ended == "stalled":
+                # To return without the last chunk closes the connection once the client has taken what it was sent.
+                scope.get("extensions", {}).get(ABORT, lambda: None)()
+
+    def look(self, now: float) -> None:
+        """Cut a client that takes nothing, give a sign of life to one that was sent nothing. Called every second."""
+        if self._sending_since is not None:
+            if now - self._sending_since > STALL_SECONDS:
+                self._span.end("stalled")
+        elif self._is_open and now - self._sent_at > HEARTBEAT_SECONDS - LOOK_SECONDS:
+            self._beat = asyncio.create_task(self._write(self._sign(HEARTBEAT)))
 
     async def _stream(self) -> bytes:
         """Send all there is and all that comes; returns the frame for the end."""
+        is_late = False
         found: list[Message] | None = []
         try:
             async with asyncio.timeout(FIRST_SECONDS):
                 await self._place()
                 found = await self._tail.next_page(0.0)
-        except (TimeoutError, Unavailable, Reset):
+        except (TimeoutError, Unavailable):
+            is_late = True
+        except Reset:
             pass  # met again below, and told there
         if found is None and self._resumed:
             await self._open(204)
@@ -100,7 +119,7 @@ class EventStream:
         block = f"retry: {random.randint(*RETRY_MS)}\n".encode()  # noqa: S311
         if self._cursor is not None:
             block += f"id: {self._cursor}\n".encode()
-        await self._write(block + b"\n" + (b"" if found else self._sign(b"")))
+        await self._write(block + b"\n" + (WAITING if is_late else self._sign(b"")))
         while found is not None:
             if found:
                 for chunk in in_chunks(frame(message) for message in found):
@@ -131,29 +150,21 @@ class EventStream:
         self._tail = self._channel.tail(after=self._cursor, view=self._view)
 
     async def _next(self) -> list[Message] | None:
-        """The next page; while nothing comes, a sign of life is sent instead, and an empty page returned."""
-        sign = b""
-        found: list[Message] | None = []
+        """The next page, which may be empty; None at the channel's end."""
         try:
-            async with asyncio.timeout(HEARTBEAT_SECONDS + AWAY_SECONDS):
-                if self._cursor is None:
-                    await self._place()
-                    sign = f"id: {self._cursor}\n\n".encode() if self._cursor else b""
-                if not sign:
-                    found = await self._tail.next_page(HEARTBEAT_SECONDS)
-        except TimeoutError:
-            sign = WAITING
+            if self._cursor is None:
+                await self._place()
+                if self._cursor is not None:
+                    await self._write(f"id: {self._cursor}\n\n".encode())
+            return await self._tail.next_page()
         except Unavailable:
             await asyncio.sleep(AWAY_SECONDS)
-            sign = WAITING
         except Reset as reset:
-            sign = _reset_event(reset)
+            await self._write(_reset_event(reset))
             self._cursor = reset.cursor
             self._tail.unfollow()
             self._tail = self._channel.tail(after=reset.cursor, view=self._view)
-        if found == []:
-            await self._write(sign or self._sign(HEARTBEAT))
-        return found
+        return []
 
     def _sign(self, alive: bytes) -> bytes:
         """A sign of life: `alive`, or that the database cannot be heard just now."""
@@ -165,15 +176,9 @@ class EventStream:
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _write(self, data: bytes, *, more: bool = True) -> None:
-        try:
-            async with asyncio.timeout(STALL_SECONDS):
-                await self._send({"type": "http.response.body", "body": data, "more_body": more})
-        except TimeoutError:
-            raise _Stalled from None
-
-
-class _Stalled(Exception):
-    """The client takes nothing any more."""
+        self._sending_since = asyncio.get_running_loop().time()
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        self._sent_at, self._sending_since = self._sending_since, None
 
 
 def frame(message: Message) -> bytes:

@@ -39,7 +39,7 @@ class Proxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def swallow(self, marker: bytes) -> None:
-        """Let the next statement that holds these bytes through, but not its answer: hang up when that comes."""
+        """Let the next statement that holds these bytes, as they are or in hexadecimal, through, but not its answer: hang up when that comes."""
         self._marker = marker
 
     def silence(self, silent: bool = True) -> None:
@@ -65,12 +65,15 @@ class Proxy:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    def _is_marked(self, data: bytes) -> bool:
+        return self._marker is not None and (self._marker in data or self._marker.hex().encode() in data)
+
     async def _forward(
         self, source: asyncio.StreamReader, target: asyncio.StreamWriter, is_answer: bool, doomed: asyncio.Event
     ) -> None:
         try:
             while data := await source.read(1 << 16):
-                if self._marker is not None and not is_answer and self._marker in data:
+                if not is_answer and self._is_marked(data):
                     self._marker = None
                     doomed.set()
                 elif is_answer and doomed.is_set():

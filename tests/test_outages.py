@@ -14,7 +14,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from cluster import Cluster
+from cluster import Cluster, on_database
 from doors import Door, Reading, query
 from proxy import Proxy
 
@@ -345,6 +345,22 @@ async def test_a_tail_outlasts_an_outage_that_is_longer_than_the_patience_of_its
     assert late.positions == list(range(501, 1202))
 
 
+async def test_a_primary_that_becomes_read_only_is_unavailable_until_there_is_one_again(own: Door) -> None:
+    client = own.client(timeout=0.4)
+    await client.channel("c").publish(1)
+    await client.channel("c").read()
+    for setting in ("on", "off"):
+        query(own.dsn, f"alter system set default_transaction_read_only = {setting}")
+        query(own.dsn, "select pg_reload_conf()")
+        if setting == "on":
+            with pytest.raises(errors.Unavailable):
+                await client.channel("c").publish(2, key="k")
+            with pytest.raises(errors.Unavailable):
+                await client.channel("c").trim(1)
+    assert (await client.channel("c").publish(2, key="k")).position == 2
+    await client.channel("c").trim(1)
+
+
 async def test_what_every_write_commits_is_durable_whatever_the_database_says(door: Door) -> None:
     for statement in (
         "create table seen (value text)",
@@ -451,7 +467,7 @@ async def test_a_database_that_is_not_fit_is_refused_with_the_fix(
     query(readonly, f"alter database {name} set default_transaction_read_only = on")
     with pytest.raises(errors.UnsafeDeployment, match="read-only"):
         await door.client(readonly).channel("c").publish(1)
-    for wrong in (door.dsn.replace("postgres@", "nobody_of_this_name@"), door.dsn.replace("/pgchan", "/nowhere")):
+    for wrong in (door.dsn.replace("postgres@", "nobody_of_this_name@"), on_database(door.dsn, "no_such_database")):
         with pytest.raises(errors.UnsafeDeployment, match="DSN"):
             await door.client(wrong).channel("c").publish(1)
 

@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from pgchan import AsyncClient
-from pgchan.server import App, Insecure, create_app, routes, sse
+from pgchan.server import App, Insecure, create_app, endpoint, routes, sse
 
 ZERO = "0000000000000000_0000000000000000"
 
@@ -133,7 +133,8 @@ async def test_line_ends_in_a_body_break_no_frame(client: AsyncClient, served: R
 async def test_silence_is_broken_by_heartbeats(
     client: AsyncClient, served: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sse, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(sse, "HEARTBEAT_SECONDS", sse.LOOK_SECONDS)
+    monkeypatch.setattr(endpoint, "LOOK_SECONDS", 0.02)
     async with follow(served.port, "/channels/c") as reader:
         await reader.next()
         assert await reader.next() == {"": "hb"}
@@ -317,6 +318,7 @@ async def test_a_reader_that_takes_nothing_is_cut_and_resumes_exactly(
     client: AsyncClient, served: Running, wait_until: Wait, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sse, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(endpoint, "LOOK_SECONDS", 0.02)
     await client.channel("c").publish_many(["x" * 60_000 for _ in range(200)])
     with socket.socket() as stalled:
         stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

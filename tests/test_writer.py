@@ -103,3 +103,32 @@ async def test_a_channel_that_stays_locked_is_unavailable_and_nothing_is_written
             await channel.publish("late")
         connection.rollback()
     assert [message.body for message in await channel.read()] == [0]
+
+
+def test_entries_that_must_not_be_parted_wait_for_the_next_batch_together() -> None:
+    waiting = Waiting()
+    for _ in range(BATCH_ENTRIES_MAX - 1):
+        waiting.put(queued("a"))
+    for more in (True, True, False):
+        waiting.put(Queued(Entry("run", b"1", owner=7), None, 1e9, more))
+    assert names(waiting.take()) == ["a"] * (BATCH_ENTRIES_MAX - 1)
+    assert names(waiting.take()) == ["run"] * 3
+
+
+def test_more_entries_that_must_not_be_parted_than_a_batch_has_are_a_batch_of_their_own() -> None:
+    waiting = Waiting()
+    for n in range(BATCH_ENTRIES_MAX + 5):
+        waiting.put(Queued(Entry("run", b"1", owner=7), None, 1e9, n < BATCH_ENTRIES_MAX + 4))
+    waiting.put(queued("a"))
+    assert len(names(waiting.take())) == BATCH_ENTRIES_MAX + 5
+    assert names(waiting.take()) == ["a"]
+
+
+def test_with_output_that_is_given_up_goes_all_that_its_owner_wrote_after_it() -> None:
+    waiting = Waiting()
+    output, result = Entry("run", b"output", owner=7), Entry("journal", b"result", owner=7)
+    waiting.put(Queued(output, None, 1.0))
+    waiting.put(Queued(result, None, 5.0))
+    waiting.put(Queued(Entry("run 2", b"1", owner=8), None, 5.0))
+    assert [one.entry for one in waiting.take_expired(2.0)] == [output, result]
+    assert names(waiting.take()) == ["run 2"]

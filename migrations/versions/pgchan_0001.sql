@@ -191,16 +191,42 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 declare
   busy bigint[] := '{}';
+  unborn boolean := false;  -- whether a transaction that is still open is making one of these channels
+  one record;
 begin
   perform pgchan.force_durability();
   created := false;
   channel_ids := ids;
   if array_position(ids, null) is not null then
-    insert into pgchan.channels (name, content_type)
-      select distinct on (g.name) g.name, g.type from unnest(ids, names, types) g (id, name, type)
-      where g.id is null order by g.name
-      on conflict (name) do nothing;
-    created := found;
+    begin
+      if lock_wait is not null then
+        perform set_config('lock_timeout', greatest(lock_wait, 1) || 'ms', true);
+      end if;
+      insert into pgchan.channels (name, content_type)
+        select distinct on (g.name) g.name, g.type from unnest(ids, names, types) g (id, name, type)
+        where g.id is null order by g.name
+        on conflict (name) do nothing;
+      created := found;
+      if lock_wait is not null then
+        perform set_config('lock_timeout', '0', true);
+      end if;
+    exception when lock_not_available then
+      if lock_wait is null then
+        raise;
+      end if;
+      -- Make the others, one by one.
+      for one in select distinct on (g.name) g.name, g.type from unnest(ids, names, types) g (id, name, type)
+                 where g.id is null order by g.name loop
+        begin
+          perform set_config('lock_timeout', '1ms', true);
+          insert into pgchan.channels (name, content_type) values (one.name, one.type) on conflict (name) do nothing;
+          created := created or found;
+          perform set_config('lock_timeout', '0', true);
+        exception when lock_not_available then
+          unborn := true;
+        end;
+      end loop;
+    end;
     select array_agg(coalesce(g.id, c.id) order by g.slot) into channel_ids
       from unnest(ids, names) with ordinality g (id, name, slot)
       left join pgchan.channels c on g.id is null and c.name = g.name;
@@ -227,7 +253,8 @@ begin
   begin
     with judged as (
       select g.*, c.head,
-        case when c.id is null then 'missing' when c.id = any (busy) then 'locked' when g.fence <> c.epoch then 'fenced'
+        case when c.id is null then case when g.given is null and unborn then 'locked' else 'missing' end
+             when c.id = any (busy) then 'locked' when g.fence <> c.epoch then 'fenced'
              when c.closed_at is not null then 'closed'
              when g.given is null and g.type <> c.content_type then 'type' else 'appended' end as outcome
       from unnest(channel_ids, ids, types, fences, owners, counts, inboxes)
@@ -263,7 +290,8 @@ begin
     bases := null;
     with judged as materialized (
       select e.*, g.id, g.owner, g.inbox, c.head, first."position" as stored_position, first.at as stored_at,
-        case when c.id is null then 'missing' when c.id = any (busy) then 'locked' when g.fence <> c.epoch then 'fenced'
+        case when c.id is null then case when g.given is null and unborn then 'locked' else 'missing' end
+             when c.id = any (busy) then 'locked' when g.fence <> c.epoch then 'fenced'
              when first."position" is not null
                then case when first.body = e.body and first.kind = e.kind then 'repeated' else 'conflict' end
              when c.closed_at is not null then 'closed'
@@ -1030,7 +1058,8 @@ begin
   perform pgchan.check_name(run);
   if jsonb_typeof(given) is distinct from 'array' or coalesce(workflow, '') = '' or coalesce(queue, '') = ''
      or run ~ '(^|/)(signals|cancel|resume|fork|journal|result)$' then
-    raise exception 'start takes a workflow, a JSON array of arguments, a legal id and a queue' using errcode = 'PC001';
+    raise exception 'start takes a workflow, a JSON array of arguments, a legal id and a queue'
+      using errcode = 'PC001', hint = 'pgchan.start(workflow, args => ''[]'', id => null, queue => ''default'')';
   end if;
   select e.outcome, e.ready into outcome, ready from pgchan.enqueue(
     run, workflow, null, queue, 0, null, null,

@@ -1,0 +1,409 @@
+"""Runs at the level of the routines: what happens in the gaps between two transactions, and any sequence of calls
+against a model of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from pgchan import sql
+from pgchan.db import Entry
+from pgchan.model import CONTROL, MESSAGE
+from pgchan.writer import Batch, Queued
+
+WORKFLOWS, QUEUES = ["flow"], ["default"]
+
+
+class Session:
+    """A connection on which the statements of sql.py can be executed."""
+
+    def __init__(self, dsn: str) -> None:
+        self.connection = psycopg.connect(dsn, autocommit=True)
+        self.pid = self.connection.info.backend_pid
+
+    def rows(self, statement: str, *args: Any) -> list[tuple[Any, ...]]:
+        with psycopg.RawCursor(self.connection) as cursor:
+            cursor.execute(statement.encode(), args)
+            return cursor.fetchall() if cursor.description else []
+
+    def one(self, statement: str, *args: Any) -> Any:
+        ((value,),) = self.rows(statement, *args)
+        return value
+
+    def worker(self) -> int:
+        """Register a worker on this session, with its lock."""
+        worker = int(self.one(sql.NEW_WORKER))
+        self.rows(sql.TRY_LOCK, worker)
+        self.rows(sql.REGISTER, worker, "w", "here", 1)
+        return worker
+
+    def start(self, run: str, parent: int | None = None, timeout: float | None = None) -> int:
+        """Start a run; the id of its channel."""
+        self.rows(sql.ENQUEUE, run, "flow", None, "default", 0, None, timeout, b"{}", parent)
+        return int(self.one("select id from pgchan.channels where name = $1::text", run))
+
+    def claim(self, worker: int, most: int = 10) -> list[tuple[Any, ...]]:
+        return self.rows(sql.CLAIM, worker, QUEUES, WORKFLOWS, most)
+
+    def state(self, run: int) -> str:
+        return str(self.one("select state from pgchan.runs where channel_id = $1::bigint", run))
+
+
+@pytest.fixture
+def session(dsn: str) -> Iterator[Callable[[], Session]]:
+    made: list[Session] = []
+
+    def make() -> Session:
+        made.append(Session(dsn))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.connection.close()
+
+
+class Meanwhile:
+    """A statement in a thread of its own, which is waiting for a lock when this has been made."""
+
+    def __init__(
+        self, on: Session, seen_by: Session, block_until: Callable[..., None], statement: str, *args: Any
+    ) -> None:  # fmt: skip
+        self._found: list[Any] = []
+        self._thread = threading.Thread(target=lambda: self._found.append(on.rows(statement, *args)))
+        self._thread.start()
+        waits = "select wait_event_type = 'Lock' from pg_stat_activity where pid = $1::integer"
+        block_until(lambda: seen_by.one(waits, on.pid))
+
+    def rows(self) -> list[tuple[Any, ...]]:
+        self._thread.join(10)
+        found: list[tuple[Any, ...]] = self._found[0]
+        return found
+
+
+# ------------------------------------------------------------------------------------------------ the gaps
+
+
+def test_a_claim_returns_every_run_that_it_takes_also_one_that_was_started_since_it_began(
+    session: Callable[[], Session], block_until: Callable[..., None]
+) -> None:
+    holder, claimer, other = session(), session(), session()
+    worker = claimer.worker()
+    holder.rows("begin")
+    holder.rows("select from pgchan.workers for update")
+    claiming = Meanwhile(claimer, other, block_until, sql.CLAIM, worker, QUEUES, WORKFLOWS, 10)
+    run = other.start("late")
+    holder.rows("commit")
+    assert [row[0] for row in claiming.rows()] == [run]
+    assert other.state(run) == "running"
+
+
+def test_a_claim_tells_what_was_recorded_since_it_began(
+    session: Callable[[], Session], block_until: Callable[..., None]
+) -> None:
+    """Else the new owner would load no journal, and execute again what it holds."""
+    holder, claimer, other = session(), session(), session()
+    run = other.start("r")
+    ((_, _, journal, *_, epoch, _, _, _, _, _),) = other.claim(worker := other.worker())
+    holder.rows("begin")
+    holder.rows("select from pgchan.workers for update")
+    claiming = Meanwhile(claimer, holder, block_until, sql.CLAIM, worker, QUEUES, WORKFLOWS, 10)
+    batch = Batch()
+    batch.add(Queued(Entry("j", b"1", channel_id=journal, key="step", step="step", fence=epoch, owner=journal), None, 0))
+    other.rows(sql.APPEND_QUIETLY, *batch.arguments())
+    other.rows(sql.RELEASE, worker, [run])
+    holder.rows("commit")
+    ((*_, head, journal_head, _),) = claiming.rows()
+    assert (head, journal_head) == (0, 1)
+
+
+def test_a_parent_that_suspends_while_its_child_ends_is_not_left_behind(
+    session: Callable[[], Session], block_until: Callable[..., None]
+) -> None:
+    one, two, three = session(), session(), session()
+    worker = three.worker()
+    parent = one.start("parent")
+    child = one.start("child", parent=parent)
+    epochs = {row[0]: row[6] for row in one.claim(worker)}
+    one.rows("begin")
+    assert one.rows("select outcome from pgchan.finish($1, $2, 'succeeded', '1', null)", child, epochs[child])
+    suspending = Meanwhile(two, three, block_until, sql.SUSPEND, parent, epochs[parent], None, 0, ["child"])
+    one.rows("commit")
+    assert suspending.rows() == [("ready",)]
+
+
+def test_a_child_that_ends_waits_for_its_parents_row_before_it_holds_its_own(
+    session: Callable[[], Session], block_until: Callable[..., None]
+) -> None:
+    """Who releases all runs of a worker locks their rows in the same order, so neither can wait for the other."""
+    one, two, three = session(), session(), session()
+    worker = three.worker()
+    parent = one.start("parent")
+    child = one.start("child", parent=parent)
+    epochs = {row[0]: row[6] for row in one.claim(worker)}
+    one.rows("begin")
+    one.rows("select from pgchan.runs where channel_id = $1 for update", parent)
+    finishing = Meanwhile(two, three, block_until, sql.FINISH, child, epochs[child], "succeeded", b"1", None)
+    one.rows("select from pgchan.runs where channel_id = $1 for update nowait", child)
+    one.rows("commit")
+    assert finishing.rows()[0][0] == "finished"
+
+
+def test_a_claim_takes_a_parent_whose_child_is_just_ending(session: Callable[[], Session]) -> None:
+    one, two = session(), session()
+    worker = two.worker()
+    parent = one.start("parent")
+    child = one.start("child", parent=parent)
+    epochs = {row[0]: row[6] for row in one.claim(worker)}
+    one.rows(sql.RELEASE, worker, [parent])
+    one.rows("begin")
+    one.rows("select outcome from pgchan.finish($1, $2, 'succeeded', '1', null)", child, epochs[child])
+    assert [row[0] for row in two.claim(worker)] == [parent]
+    one.rows("commit")
+
+
+def test_a_signal_that_comes_while_a_run_suspends_makes_it_ready(
+    session: Callable[[], Session], block_until: Callable[..., None]
+) -> None:
+    one, two, three = session(), session(), session()
+    worker = three.worker()
+    run = one.start("r")
+    ((*_, epoch, _, _, _, _, _),) = one.claim(worker)
+    one.rows("begin")
+    assert one.one(sql.SUSPEND, run, epoch, None, 0, []) == "waiting"
+    delivering = Meanwhile(two, three, block_until, sql.DELIVER, "r", b"1", None)
+    one.rows("commit")
+    delivering.rows()
+    assert three.state(run) == "scheduled"
+
+
+def test_a_run_that_waits_wakes_at_its_deadline(session: Callable[[], Session]) -> None:
+    one = session()
+    run = one.start("r", timeout=100)
+    ((*_, epoch, _, _, _, _, _),) = one.claim(one.worker())
+    assert one.one(sql.SUSPEND, run, epoch, None, 0, []) == "waiting"
+    assert one.one("select wake_at = deadline from pgchan.runs where channel_id = $1", run)
+
+
+# ------------------------------------------------------------------------------------------------ a model
+
+
+@dataclass
+class Model:
+    """What should be stored of one run."""
+
+    id: int
+    name: str
+    state: str = "scheduled"
+    owner: int | None = None
+    epoch: int = 0
+    journal: list[str] = field(default_factory=list)
+    signals: list[int] = field(default_factory=list)
+    consumed: list[int] = field(default_factory=list)
+    said: int = 0
+    head: int = 0
+
+    @property
+    def is_ended(self) -> bool:
+        return self.state in ("succeeded", "failed", "cancelled")
+
+    @property
+    def open(self) -> list[int]:
+        return [position for position in self.signals if position not in self.consumed]
+
+
+class Machine(RuleBasedStateMachine):
+    """Two workers, some runs, and attempts that may long have been superseded. One session, so one order of events."""
+
+    dsn = ""
+    examples = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        Machine.examples += 1
+        self.session = Session(self.dsn)
+        self.session.rows("select pgchan.release(id, null) from pgchan.workers")
+        self.session.rows("update pgchan.runs set state = 'failed', ended_at = now() where ended_at is null")
+        self.workers = [self.session.worker(), self.session.worker()]
+        self.runs: list[Model] = []
+        self.attempts: list[tuple[Model, int]] = []  # each claim there was, with its epoch
+
+    def teardown(self) -> None:
+        self.session.connection.close()
+
+    def _end(self, run: Model, state: str) -> None:
+        run.state, run.owner = state, None
+        run.epoch += 1
+        run.head += 1
+
+    @rule()
+    def start(self) -> None:
+        name = f"{Machine.examples}/{len(self.runs)}"
+        self.runs.append(Model(self.session.start(name), name))
+        assert self.session.rows(sql.ENQUEUE, name, "flow", None, "default", 0, None, None, b"{}", None)[0] == (
+            "existed", None,
+        )  # fmt: skip
+
+    @rule(which=st.integers(0, 1), most=st.integers(1, 3))
+    def claim(self, which: int, most: int) -> None:
+        claimed = {row[0]: row for row in self.session.claim(self.workers[which], most)}
+        ready = [run for run in self.runs if run.state == "scheduled"]
+        assert sorted(claimed) == sorted(run.id for run in ready[:most])
+        for run in ready[:most]:
+            run.state, run.owner, run.epoch = "running", self.workers[which], run.epoch + 1
+            assert claimed[run.id][6] == run.epoch
+            assert claimed[run.id][9:11] == (run.head, len(run.journal))
+            self.attempts.append((run, run.epoch))
+
+    @precondition(lambda self: self.attempts)
+    @rule(data=st.data(), step=st.sampled_from("abc"), consume=st.booleans(), outputs=st.integers(0, 2))
+    def record(self, data: st.DataObject, step: str, consume: bool, outputs: int) -> None:
+        run, epoch = data.draw(st.sampled_from(self.attempts))
+        journal = self.session.one("select journal_id from pgchan.runs where channel_id = $1", run.id)
+        taken = run.open[:1] if consume else []
+        batch = Batch()
+
+        def add(name: str, channel: int, **more: Any) -> None:
+            entry = Entry(name, b"1", channel_id=channel, step=step, attempt=1, fence=epoch, owner=journal, **more)
+            batch.add(Queued(entry, None, 0))
+
+        for _ in range(outputs):
+            add("run", run.id, kind=MESSAGE)
+        for position in taken:
+            inbox = min([position, *(p - 1 for p in run.open[1:])])
+            add("run", run.id, kind=CONTROL, key=f"pgchan:consumed:{position}", inbox=inbox)
+        add("journal", journal, kind=MESSAGE, key=step)
+        (row,) = self.session.rows(sql.APPEND_QUIETLY, *batch.arguments())
+        words = {outcome.word for outcome in batch.outcomes(row)}
+        if epoch != run.epoch or run.is_ended:
+            assert words <= {"fenced", "blocked", "closed"}, words
+            return
+        run.head += outputs + len(taken)
+        run.said += outputs
+        run.consumed += taken
+        if step in run.journal:
+            assert words <= {"repeated", "appended"}
+        else:
+            assert words == {"appended"}
+            run.journal.append(step)
+
+    @precondition(lambda self: self.attempts)
+    @rule(data=st.data(), up_to_date=st.booleans(), timer=st.booleans())
+    def suspend(self, data: st.DataObject, up_to_date: bool, timer: bool) -> None:
+        run, epoch = data.draw(st.sampled_from(self.attempts))
+        seen = run.signals[-1] if up_to_date and run.signals else 0
+        wake_at = self.session.one("select now() + interval '1 hour'") if timer else None
+        word = self.session.one(sql.SUSPEND, run.id, epoch, wake_at, seen, [])
+        if epoch != run.epoch or run.state != "running":
+            assert word == "fenced"
+        elif any(position > seen for position in run.signals):
+            assert word == "ready"
+        else:
+            assert word == "waiting"
+            run.state, run.owner, run.epoch = "waiting", None, run.epoch + 1
+
+    @precondition(lambda self: any(run.state == "waiting" for run in self.runs))
+    @rule(which=st.integers(0, 1))
+    def ring(self, which: int) -> None:
+        """All timers of runs that wait are due; a claim for nothing makes them ready."""
+        self.session.rows(
+            "update pgchan.runs set wake_at = now() - interval '1 s' where state = 'waiting' and channel_id = any ($1)",
+            [run.id for run in self.runs],
+        )
+        self.session.rows(sql.CLAIM, self.workers[which], QUEUES, ["no such workflow"], 1)
+        for run in self.runs:
+            if run.state == "waiting":
+                run.state = "scheduled"
+
+    @precondition(lambda self: self.runs)
+    @rule(data=st.data())
+    def deliver(self, data: st.DataObject) -> None:
+        run = data.draw(st.sampled_from(self.runs))
+        outcome, _, position, *_ = self.session.rows(sql.DELIVER, run.name, b"1", None)[0]
+        if run.is_ended:
+            assert outcome == "closed"
+            return
+        run.head += 1
+        run.signals.append(run.head)
+        assert (outcome, position) == ("appended", run.head)
+        if run.state == "waiting":
+            run.state = "scheduled"
+
+    @precondition(lambda self: self.attempts)
+    @rule(data=st.data(), state=st.sampled_from(["succeeded", "failed"]))
+    def finish(self, data: st.DataObject, state: str) -> None:
+        run, epoch = data.draw(st.sampled_from(self.attempts))
+        outcome, _ = self.session.rows(sql.FINISH, run.id, epoch, state, b"1", None)[0]
+        if epoch != run.epoch or run.state != "running":
+            assert outcome == "fenced"
+        else:
+            assert outcome == "finished"
+            self._end(run, state)
+
+    @precondition(lambda self: self.runs)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        run = data.draw(st.sampled_from(self.runs))
+        assert self.session.one(sql.CANCEL, run.name) is (not run.is_ended)
+        if not run.is_ended:
+            self._end(run, "cancelled")
+
+    @precondition(lambda self: self.runs)
+    @rule(data=st.data())
+    def resume(self, data: st.DataObject) -> None:
+        run = data.draw(st.sampled_from(self.runs))
+        word = self.session.one(sql.RESUME, run.name)
+        if run.state != "failed":
+            assert word == run.state
+            return
+        assert word == "resumed"
+        run.state, run.epoch, run.head = "scheduled", run.epoch + 1, run.head + 1
+        run.journal.append("")  # a control message
+
+    @rule(which=st.integers(0, 1))
+    def reap(self, which: int) -> None:
+        """The worker has died; another takes its place."""
+        worker = self.workers[which]
+        self.session.rows(sql.UNLOCK, worker)
+        held = [run for run in self.runs if run.owner == worker]
+        assert self.session.one(sql.REAP, worker) == len(held)
+        for run in held:
+            run.state, run.owner, run.epoch = "scheduled", None, run.epoch + 1
+        assert self.session.claim(worker) == [], "who was reaped claims nothing"
+        self.workers[which] = self.session.worker()
+
+    @invariant()
+    def everything_is_as_it_should_be(self) -> None:
+        rows = self.session.rows(
+            """select c.id, r.state, r.worker, c.epoch, j.epoch, c.head, j.head, c.closed_at is not null,
+                      (select array_agg(m.position order by m.position) from pgchan.messages m where m.channel_id = c.id),
+                      (select array_agg(s.position) from pgchan.open_signals(c.id) s),
+                      (select count(*) from pgchan.messages m where m.channel_id = c.id and m.kind = 0)
+               from pgchan.runs r join pgchan.channels c on c.id = r.channel_id
+               join pgchan.channels j on j.id = r.journal_id where c.id = any ($1::bigint[])""",
+            [run.id for run in self.runs],
+        )
+        found = {row[0]: row[1:] for row in rows}
+        for run in self.runs:
+            assert found[run.id] == (
+                run.state, run.owner, run.epoch, run.epoch, run.head, len(run.journal), run.is_ended,
+                list(range(1, run.head + 1)) or None, run.open or None, run.said,
+            )  # fmt: skip
+
+
+def test_any_sequence_of_calls_leaves_what_the_model_says(dsn: str) -> None:
+    Machine.dsn = dsn
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        Machine,
+        settings=settings(
+            max_examples=30, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck),
+            derandomize=True, database=None,
+        ),
+    )  # fmt: skip
