@@ -25,9 +25,9 @@ async def client(dsn: str) -> AsyncIterator[pgchan.AsyncClient]:
         yield client
 
 
-async def channel_id(client: pgchan.AsyncClient, name: str) -> int:
+async def channel_id(client: pgchan.AsyncClient, name: str, dsn: str | None = None) -> int:
     await client.channel(name).create()
-    ((found,),) = query(client.dsn, "select id from pgchan.channels where name = %s", name)
+    ((found,),) = query(dsn or client.dsn, "select id from pgchan.channels where name = %s", name)
     return int(found)
 
 
@@ -66,20 +66,16 @@ async def test_each_entry_of_a_batch_has_an_outcome_of_its_own(client: pgchan.As
 
 async def test_entries_of_one_owner_are_written_together_or_not_at_all(client: pgchan.AsyncClient) -> None:
     one, two, other = [await channel_id(client, name) for name in ("one", "two", "other")]
-    own = {"owner": 1, "fence": 0}
-    stale = {"owner": 2, "fence": 9}
-    assert await words(
-        client,
-        Entry("one", b"1", channel_id=one, **own), Entry("two", b"1", channel_id=two, **own), Entry("other", b"1", channel_id=other),
-    ) == ["appended"] * 3  # fmt: skip
+
+    def trio(body: bytes) -> list[Entry]:
+        own = [Entry(n, body, channel_id=i, owner=1, fence=0) for n, i in (("one", one), ("two", two))]
+        return [*own, Entry("other", body, channel_id=other)]
+
+    assert await words(client, *trio(b"1")) == ["appended"] * 3
     await client.channel("two").close()
-    assert await words(
-        client,
-        Entry("one", b"2", channel_id=one, **own), Entry("two", b"2", channel_id=two, **own), Entry("other", b"2", channel_id=other),
-    ) == ["blocked", "closed", "appended"]  # fmt: skip
-    assert await words(client, Entry("one", b"3", channel_id=one, **stale), Entry("other", b"3", channel_id=other)) == [
-        "fenced", "appended",
-    ]  # fmt: skip
+    assert await words(client, *trio(b"2")) == ["blocked", "closed", "appended"]
+    stale = Entry("one", b"3", channel_id=one, owner=2, fence=9)
+    assert await words(client, stale, Entry("other", b"3", channel_id=other)) == ["fenced", "appended"]
     assert [m.body for m in await client.channel("one").read()] == [1]
     assert [m.body for m in await client.channel("other").read()] == [1, 2, 3]
 
@@ -95,7 +91,7 @@ async def test_an_owners_inbox_moves_with_its_entries_only(client: pgchan.AsyncC
 async def test_a_lost_answer_never_repeats_what_stood_beside_a_superseded_owner(dsn: str) -> None:
     """That nothing of the owner is there does not tell whether the batch was committed: it may have been fenced."""
     async with Proxy(dsn) as proxy, pgchan.AsyncClient(proxy.dsn) as client:
-        owned = await channel_id(client, "owned")
+        owned = await channel_id(client, "owned", dsn)
         await client.channel("free").publish("warm")
         client._db.writer.heads[owned] = 0
         proxy.swallow(b'"beside"')
@@ -113,7 +109,7 @@ async def test_a_lost_answer_never_repeats_what_stood_beside_a_superseded_owner(
 
 async def test_a_lost_answer_is_found_by_what_an_owner_wrote(dsn: str) -> None:
     async with Proxy(dsn) as proxy, pgchan.AsyncClient(proxy.dsn) as client:
-        owned = await channel_id(client, "owned")
+        owned = await channel_id(client, "owned", dsn)
         client._db.writer.heads[owned] = 0
         await client.channel("free").publish("warm")
         proxy.swallow(b'"output"')
@@ -147,13 +143,13 @@ async def test_a_cancelled_batch_leaves_no_transaction_open(client: pgchan.Async
     with psycopg.connect(client.dsn) as connection:
         connection.execute("select pgchan.publish('c', '1')")
         task = asyncio.create_task(client.channel("c").publish_many(list(range(2000))))
-        waiting = "select from pg_stat_activity where wait_event_type = 'Lock' and application_name = 'pgchan pool'"
+        waiting = "select 1 from pg_stat_activity where wait_event_type = 'Lock' and application_name = 'pgchan pool'"
         await wait_until(lambda: query(client.dsn, waiting))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         connection.rollback()
-    open_ones = "select from pg_stat_activity where xact_start is not null and application_name = 'pgchan pool'"
+    open_ones = "select 1 from pg_stat_activity where xact_start is not null and application_name = 'pgchan pool'"
     await wait_until(lambda: not query(client.dsn, open_ones))
     assert (await client.channel("c").publish("next")).position == 2
 
@@ -174,7 +170,7 @@ async def test_a_client_leaves_no_task_and_no_connection_behind(dsn: str, wait_u
         await client.channel("c").publish(1)
         await anext(tail)
     assert asyncio.all_tasks() == before
-    await wait_until(lambda: not query(dsn, "select from pg_stat_activity where application_name like 'pgchan %'"))
+    await wait_until(lambda: not query(dsn, "select 1 from pg_stat_activity where application_name like 'pgchan %'"))
 
 
 async def test_what_waits_in_memory_is_bounded(

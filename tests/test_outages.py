@@ -125,7 +125,7 @@ async def test_a_connection_that_was_cut_while_idle_costs_no_doubt(door: Door, w
         assert terminate(door.dsn, role) >= 1
 
     def is_gone() -> bool:
-        rows = query(door.dsn, "select from pg_stat_activity where application_name in ('pgchan writer', 'pgchan pool')")
+        rows = query(door.dsn, "select 1 from pg_stat_activity where application_name in ('pgchan writer', 'pgchan pool')")
         return not rows
 
     await wait_until(is_gone)

@@ -103,7 +103,7 @@ def test_closing_waits_for_threads_that_publish(dsn: str, block_until: BlockUnti
         block_until(lambda: client._db._writer._led)
         client.close()
         assert slow.result().position == 2
-    gone = "select from pg_stat_activity where application_name like 'pgchan %%' and datname = current_database()"
+    gone = "select 1 from pg_stat_activity where application_name like 'pgchan %%' and datname = current_database()"
     block_until(lambda: not query(dsn, gone.replace("%%", "%")))
 
 

@@ -132,3 +132,32 @@ def test_with_output_that_is_given_up_goes_all_that_its_owner_wrote_after_it() -
     waiting.put(Queued(Entry("run 2", b"1", owner=8), None, 5.0))
     assert [one.entry for one in waiting.take_expired(2.0)] == [output, result]
     assert names(waiting.take()) == ["run 2"]
+
+
+async def test_a_run_whose_channel_is_locked_does_not_hold_up_the_claim_of_others(dsn: str) -> None:
+    with psycopg.connect(dsn, autocommit=True) as claiming, psycopg.connect(dsn) as locking:
+        (worker,) = claiming.execute("select pgchan.new_worker()").fetchone()  # type: ignore[misc]
+        claiming.execute("select pgchan.register(%s, 'w', 'host', 1)", [worker])
+        for run in ("first", "second"):
+            claiming.execute("select pgchan.start('wf', '[]', %s)", [run])
+        locking.execute("select pgchan.publish('first', '1')")
+        claim = "select run from pgchan.claim(%s, array['default'], array['wf'], 10)"
+        assert claiming.execute(claim, [worker]).fetchall() == [("second",)]
+        locking.commit()
+        assert claiming.execute(claim, [worker]).fetchall() == [("first",)]
+
+
+async def test_the_runs_of_a_dead_worker_are_taken_as_their_channels_are_free(dsn: str) -> None:
+    with psycopg.connect(dsn, autocommit=True) as reaping, psycopg.connect(dsn) as locking:
+        (worker,) = reaping.execute("select pgchan.new_worker()").fetchone()  # type: ignore[misc]
+        reaping.execute("select pgchan.register(%s, 'w', 'host', 1)", [worker])
+        for run in ("first", "second"):
+            reaping.execute("select pgchan.start('wf', '[]', %s)", [run])
+        reaping.execute("select pgchan.claim(%s, array['default'], array['wf'], 10)", [worker])
+        locking.execute("select pgchan.publish('first', '1')")
+        states = "select id, state from pgchan.run_status order by id"
+        assert reaping.execute("select pgchan.reap(%s)", [worker]).fetchone() == (None,)
+        assert reaping.execute(states).fetchall() == [("first", "running"), ("second", "scheduled")]
+        locking.commit()
+        assert reaping.execute("select pgchan.reap(%s)", [worker]).fetchone() == (1,)
+        assert reaping.execute(states).fetchall() == [("first", "scheduled"), ("second", "scheduled")]

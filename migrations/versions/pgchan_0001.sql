@@ -165,6 +165,31 @@ begin
   end if;
 end $$;
 
+-- Lock channels in id order, until the transaction ends. lock_wait null: all, however long it takes. Else wait so many
+-- milliseconds, then take those that are free. Returns those that are not locked: a caller's open transaction has them.
+create function pgchan.lock_channels(ids bigint[], lock_wait integer) returns bigint[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  busy bigint[] := '{}';
+begin
+  if lock_wait is null then
+    perform from pgchan.channels c where c.id = any (ids) order by c.id for no key update;
+    return busy;
+  end if;
+  begin
+    perform set_config('lock_timeout', greatest(lock_wait, 1) || 'ms', true);
+    perform from pgchan.channels c where c.id = any (ids) order by c.id for no key update;
+    perform set_config('lock_timeout', '0', true);  -- it must not strike later, least of all after the commit
+  exception when lock_not_available then
+    -- The setting was undone with the subtransaction, and so were the locks.
+    with free as materialized (
+      select c.id from pgchan.channels c where c.id = any (ids) order by c.id for no key update skip locked)
+    select coalesce(array_agg(c.id), '{}') into busy from pgchan.channels c
+      where c.id = any (ids) and not exists (select from free f where f.id = c.id);
+  end;
+  return busy;
+end $$;
+
 -- Append a batch over many channels in one go. Entries are grouped by channel; a channel appears in one group only.
 --
 -- Per group: ids (null: look the name up, create the channel if there is none) · names, types (only where id is null:
@@ -234,21 +259,7 @@ begin
   -- The next position comes from the channel's row, never from max(position): a statement that waits for a lock keeps
   -- the snapshot it took before waiting, so max() is stale and two publishers collide. The lock is taken in a statement
   -- of its own; the next one sees what it waited for. It lasts until commit, which puts positions in commit order.
-  if lock_wait is null then
-    perform from pgchan.channels c where c.id = any (channel_ids) order by c.id for no key update;
-  else
-    begin
-      perform set_config('lock_timeout', greatest(lock_wait, 1) || 'ms', true);
-      perform from pgchan.channels c where c.id = any (channel_ids) order by c.id for no key update;
-      perform set_config('lock_timeout', '0', true);  -- it must not strike later, least of all after the commit
-    exception when lock_not_available then
-      -- The setting was undone with the subtransaction, and so were the locks. Take those that are free.
-      with free as materialized (
-        select c.id from pgchan.channels c where c.id = any (channel_ids) order by c.id for no key update skip locked)
-      select coalesce(array_agg(c.id), '{}') into busy from pgchan.channels c
-        where c.id = any (channel_ids) and not exists (select from free f where f.id = c.id);
-    end;
-  end if;
+  busy := pgchan.lock_channels(channel_ids, lock_wait);
   at := clock_timestamp();  -- after the lock, so that it does not run backwards within a channel
   begin
     with judged as (
@@ -566,6 +577,7 @@ begin
     picked := picked || coalesce(taken, '{}');
     exit when cardinality(picked) >= most;
   end loop;
+  picked := pgchan.lock_runs(picked, 50);
   if cardinality(picked) = 0 then
     return;
   end if;
@@ -579,6 +591,24 @@ begin
     where r.channel_id = any (picked) and c.id = r.channel_id and j.id = r.journal_id
     returning r.channel_id, c.name, r.journal_id, r.workflow, r.input, r.attempt, c.epoch, r.speaks_from, r.deadline,
               c.head, j.head, clock_timestamp();
+end $$;
+
+-- Of these runs, whose rows the caller has locked, those whose channels could be locked too, within lock_wait. A run
+-- whose channel a caller's open transaction has must not hold up the others.
+create function pgchan.lock_runs(runs bigint[], lock_wait integer) returns bigint[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+declare
+  busy bigint[];
+begin
+  if cardinality(runs) = 0 then
+    return runs;
+  end if;
+  busy := pgchan.lock_channels(
+    (select array_agg(b.id) from pgchan.runs r cross join lateral unnest(array[r.channel_id, r.journal_id]) b (id)
+     where r.channel_id = any (runs)), lock_wait);
+  return (select coalesce(array_agg(r.channel_id), '{}') from pgchan.runs r
+          where r.channel_id = any (runs) and r.channel_id <> all (busy) and r.journal_id <> all (busy));
 end $$;
 
 -- Raise the epochs of these runs' channels, both to the same number: whoever owned them can write no more. The caller
@@ -723,8 +753,9 @@ begin
   return 'waiting';
 end $$;
 
--- Give runs that a worker holds back to their queues; those that it no longer owns are passed over. Returns the queues.
-create function pgchan.release(worker integer, runs bigint[]) returns text[]
+-- Give runs that a worker holds back to their queues; those that it no longer owns are passed over, and with lock_wait
+-- those whose channel a caller's open transaction has locked. Returns the queues.
+create function pgchan.release(worker integer, runs bigint[], lock_wait integer default null) returns text[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 declare
@@ -736,7 +767,8 @@ begin
     select r.channel_id from pgchan.runs r
     where r.worker = release.worker and (release.runs is null or r.channel_id = any (release.runs))
     order by r.channel_id for update) p;
-  if mine is null then
+  mine := pgchan.lock_runs(coalesce(mine, '{}'), lock_wait);
+  if cardinality(mine) = 0 then
     return '{}';
   end if;
   perform pgchan.supersede(mine);
@@ -928,8 +960,9 @@ language sql volatile security definer set search_path = pg_catalog, pg_temp as 
   on conflict (id) do update set backend_pid = pg_backend_pid()
 $$;
 
--- Take a dead worker's runs back into their queues and remove it. Null if it is alive after all: the lock, which this
--- transaction tries to take, is held. 0 also if somebody else has reaped it.
+-- Take a dead worker's runs back into their queues and remove it. Returns how many they were, 0 also if somebody else
+-- has reaped it. Null if it is alive after all (the lock, which this transaction tries to take, is held) or if some of
+-- its runs have channels that a caller's open transaction has locked: the others are taken, and this is called again.
 create function pgchan.reap(worker integer) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -939,9 +972,14 @@ begin
   if not pg_try_advisory_xact_lock(1885823848, worker) then
     return null;
   end if;
-  delete from pgchan.workers w where w.id = reap.worker;  -- waits for a claim that is under way
+  perform from pgchan.workers w where w.id = reap.worker for update;  -- waits for a claim that is under way
   select count(*) into held from pgchan.runs r where r.worker = reap.worker;
-  perform pgchan.release(worker, null);
+  perform pgchan.release(worker, null, 50);
+  perform from pgchan.runs r where r.worker = reap.worker;
+  if found then
+    return null;
+  end if;
+  delete from pgchan.workers w where w.id = reap.worker;
   return held;
 end $$;
 
