@@ -57,7 +57,8 @@ declare
   placed bigint;
 begin
   update floor.channels c set head = head + 1 where c.id = channel returning c.head into placed;
-  insert into floor.messages (channel_id, "position", at, kind, body) values (channel, placed, clock_timestamp(), 0, body);
+  insert into floor.messages (channel_id, "position", at, kind, body)
+    values (channel, placed, clock_timestamp(), 0, body);
   perform pg_notify('floor', placed::text);
   return placed;
 end $$;
@@ -162,7 +163,8 @@ class Report:
             print(f"· {text}")
         print(flush=True)
         if self.arguments.json:
-            found = {"machine": machine(self.server), "lines": [asdict(line) for line in self.lines], "notes": self.notes}
+            lines = [asdict(line) for line in self.lines]
+            found = {"machine": machine(self.server), "lines": lines, "notes": self.notes}
             Path(self.arguments.json).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -186,9 +188,9 @@ def main(
         server = stack.enter_context(_server(settings or {}))
         report = Report(arguments, stack.enter_context(_database(server)))
         report.server = asyncio.run(_server_version(server))
-        for name, value in machine(report.server).items():
-            print(f"{name}: {value}", end=" · " if name != "fdatasync" else "\n")
-        print(f"takes about {seconds:g} s", flush=True)
+        print(" · ".join(f"{name}: {value}" for name, value in machine(report.server).items()))
+        busy = " · others are at work here: trust ratios only" if os.getloadavg()[0] > (os.cpu_count() or 1) / 2 else ""
+        print(f"takes about {seconds:g} s{busy}", flush=True)
         asyncio.run(measure(report))
         report.show()
 

@@ -71,7 +71,7 @@ async def _answer(pipe: Pipe, late: list[float]) -> None:
     pipe.send("ready")
     while True:
         count = await pipe.receive()
-        while len(late) < count:
+        while len(late) < count:  # noqa: ASYNC110 - an event would have to be set in the path that is measured
             await asyncio.sleep(0.005)
         pipe.send(list(late))
         late.clear()
@@ -156,16 +156,16 @@ async def lost_wakeups(report: Report) -> None:
             await _until(lambda: client.health == "listening")
         reading.cancel()
     await quiet.close()
-    missing = LOST + CUTS - len(positions)
-    in_order = positions == list(range(2, LOST + CUTS + 2))
+    expected = range(2, LOST + CUTS + 2)
+    wrong = 0 if positions == list(expected) else max(1, len(set(expected) ^ set(positions)))
     report.figure("wakeup lost, until delivered, worst", "s", max(swept), at_most=SWEEP_SECONDS_MAX)
     report.figure("listener cut, until delivered, worst", "s", max(late), at_most=SWEEP_SECONDS_MAX)
-    report.figure("messages lost, doubled or out of order", "messages", missing if in_order else max(1, missing), at_most=0)
+    report.figure("messages lost, doubled or out of order", "messages", wrong, at_most=0)
 
 
 async def _until(claim: Any) -> None:
     async with asyncio.timeout(20):
-        while not claim():
+        while not claim():  # noqa: ASYNC110 - as above
             await asyncio.sleep(0.001)
 
 

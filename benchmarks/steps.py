@@ -106,7 +106,7 @@ async def checkpoints(report: Report, client: pgchan.AsyncClient) -> None:
         _done = 0
         handles = [await client.start(many) for _ in range(count)]
         async with asyncio.timeout(30):
-            while _done < count:  # all of them are under way
+            while _done < count:  # noqa: ASYNC110 - until all of them are under way
                 await asyncio.sleep(0.005)
         began, _done = time.monotonic(), 0
         _stop_at = began + SECONDS
@@ -137,14 +137,12 @@ async def checkpoints(report: Report, client: pgchan.AsyncClient) -> None:
         variants[f"grouped{count}"] = lambda count=count: grouped(count)
     found = await interleave(max(3, report.arguments.rounds // 3), **variants)
     for count in TASKS:
-        report.rates(f"steps, {count} runs at a time, against INSERTs one by one", "/s", found[f"ours{count}"], found["one"])
+        name = f"steps, {count} runs at a time, against INSERTs one by one"
+        report.rates(name, "/s", found[f"ours{count}"], found["one"])
     for count in TASKS[1:]:
-        report.rates(
-            f"steps, {count} runs at a time, against a group by hand", "/s", found[f"ours{count}"], found[f"grouped{count}"]
-        )
-    report.rates(
-        "group commit: 32 runs against 1", "/s", found["ours32"], found["ours1"], at_least=GROUPED_AT_LEAST
-    )
+        name = f"steps, {count} runs at a time, against a group by hand"
+        report.rates(name, "/s", found[f"ours{count}"], found[f"grouped{count}"])
+    report.rates("group commit: 32 runs against 1", "/s", found["ours32"], found["ours1"], at_least=GROUPED_AT_LEAST)
     await connection.close()
 
 
@@ -180,7 +178,8 @@ async def runs(report: Report, client: pgchan.AsyncClient) -> None:
     variants: dict[str, Any] = {"hand": by_hand, **{f"ours{c}": lambda c=c: ours(c) for c in TASKS}}
     found = await interleave(max(2, report.arguments.rounds // 3), **variants)
     for count in TASKS:
-        report.rates(f"runs of 10 steps, {count} at a time, against one by one by hand", "/s", found[f"ours{count}"], found["hand"])
+        name = f"runs of 10 steps, {count} at a time, against one by one by hand"
+        report.rates(name, "/s", found[f"ours{count}"], found["hand"])
     await connection.close()
 
 
@@ -188,8 +187,9 @@ async def publishing(report: Report, client: pgchan.AsyncClient) -> None:
     """What publish(wait=False) costs its caller."""
     rounds = [await (await client.start(talk)).result(timeout=60) for _ in range(3)][1:]
     costs = [cost for values in rounds for cost in values]
-    report.figure("publish(wait=False), cost to the caller, mean", "µs", statistics.mean(costs), at_most=TOKEN_MICROSECONDS_MAX)
-    report.figure("publish(wait=False), cost to the caller, p99", "µs", percentile(costs, 99))
+    name = "publish(wait=False), cost to the caller"
+    report.figure(f"{name}, mean", "µs", statistics.mean(costs), at_most=TOKEN_MICROSECONDS_MAX)
+    report.figure(f"{name}, p99", "µs", percentile(costs, 99))
 
 
 async def measure(report: Report) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import time
@@ -28,7 +29,7 @@ LEASE_SECONDS = 2.0  # of the workers that are stopped
 CUTS = 5
 TAKEOVER_SECONDS_MAX = 2.0
 SPEAK_SECONDS = 0.005  # between two messages of the step whose connection is cut
-CUT_WRITER = """
+CUT = """
 select pg_terminate_backend(pid) from pg_stat_activity
 where datname = current_database() and application_name = $1::text
 """
@@ -109,7 +110,9 @@ async def worker(dsn: str, lease: float) -> Process:
     return process
 
 
-async def takeovers(report: Report, client: pgchan.AsyncClient, *, number: int, lease: float, how: signal.Signals) -> list[float]:
+async def takeovers(
+    report: Report, client: pgchan.AsyncClient, *, number: int, lease: float, how: signal.Signals
+) -> list[float]:
     """Seconds from the signal to each run's next beginning. Two workers at a time; who is hit is replaced."""
     workers = {process.pid: process for process in [await worker(report.dsn, lease)]}
     handles = [await client.start(hold) for _ in range(RUNS)]
@@ -156,7 +159,7 @@ async def cuts(report: Report, client: pgchan.AsyncClient) -> None:
     reading = asyncio.create_task(read())
     for number in range(2 * CUTS):
         await asyncio.sleep(0.3)
-        await admin.fetch(CUT_WRITER, f"worker{process.pid} writer" if number % 2 else "takeover listen")
+        await admin.fetch(CUT, f"worker{process.pid} writer" if number % 2 else "takeover listen")
     await asyncio.sleep(0.5)
     await handle.signal("stop")
     moments = await handle.result(timeout=30)
@@ -165,7 +168,7 @@ async def cuts(report: Report, client: pgchan.AsyncClient) -> None:
             await reading
     process.kill()
     await admin.close()
-    pauses = [after - before for before, after in zip(moments, moments[1:], strict=False)]
+    pauses = [after - before for before, after in itertools.pairwise(moments)]
     report.figure("writer cut, longest pause of its publisher", "s", max(pauses), at_most=1.0)
     report.figure("messages lost, doubled or out of order", "messages", _wrong(heard, len(moments)), at_most=0)
     report.figure("tries of the step", "", len(attempts), at_most=1)

@@ -38,7 +38,7 @@ def encode(body: Any, what: str = "body") -> bytes:
 
 
 def encode_record(value: Any) -> bytes:
-    """The bytes of what pgchan records of a JSON value that was stored before: wrapped, so it may be somewhat larger."""
+    """The bytes of what pgchan records of a JSON value that was stored before: wrapped, so perhaps somewhat larger."""
     return _encoder.encode(value).encode()
 
 

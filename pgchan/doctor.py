@@ -7,6 +7,8 @@ nobody has code for, workers whose lock somebody else holds.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from dataclasses import dataclass
 
@@ -73,18 +75,17 @@ async def _listening(database: AsyncpgDb) -> Finding:
     await database.check_control()
     try:
         listener = await database.connect("doctor", direct=True)
-        heard: list[str] = []
+        heard = asyncio.Event()
         try:
-            await listener.add_listener(LISTEN_NAMES[0], lambda *_: heard.append("it"))
+            await listener.add_listener(LISTEN_NAMES[0], lambda *_: heard.set())
             await database.fetch(sql.PING, LISTEN_NAMES[0])
-            until = time.monotonic() + HEAR_SECONDS
-            while not heard and time.monotonic() < until:
-                await listener.fetchval("select 1")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(heard.wait(), HEAR_SECONDS)
         finally:
             await listener.close(timeout=1.0)
     except (OSError, TimeoutError) as error:
         raise translate(error, writing=False) from error
-    if heard:
+    if heard.is_set():
         return Finding("wakeups", True, "a NOTIFY is heard")
     return Finding("wakeups", False, "LISTEN hears nothing; give control_dsn, a direct connection past any pooler")
 

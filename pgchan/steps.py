@@ -2,7 +2,7 @@
 
 Each operation that is recorded follows one pattern: take the next name, see whether the journal has it, else do it
 and record it. So a function that is replayed after a crash runs quickly through what is recorded and goes on where
-the record ends.
+the record ends. Long, for it is the whole of what a workflow may do.
 """
 
 from __future__ import annotations

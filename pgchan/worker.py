@@ -5,6 +5,8 @@ start, when a queue is announced, when a timer is due, and once a second in any 
 task over an `Attempt`. One pump reads signals for all runs whose channel has moved, in one statement; it also learns
 there that a run was cancelled or taken over, because its epoch is another one.
 
+Long, because all that ends a run early is here.
+
 The worker may act until `liveness.deadline`. If the database cannot be reached until then it stops its runs: somebody
 else may start them soon. When it is back under the same id it returns to their queues what it held; under a new id
 (it was taken for dead) there is nothing left to return.

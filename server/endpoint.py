@@ -11,7 +11,6 @@ There is no middleware: one that wraps `receive` hides the client's leaving from
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import random
@@ -21,9 +20,9 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import uvicorn
 from starlette.datastructures import MutableHeaders
@@ -62,7 +61,6 @@ class Site:
         self.allow_origins = frozenset(allow_origins)
         self.is_draining = False
         self._spans: set[Span] = set()
-        self._watched: set[Watched] = set()
         self._looking: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -72,6 +70,8 @@ class Site:
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
             _hear_signals(self)
+        if self._looking is None:
+            self._looking = self._loop.call_later(LOOK_SECONDS, self._look)
         if self.is_draining:
             span.end_soon("draining")
 
@@ -79,25 +79,13 @@ class Site:
         """Count it no more."""
         self._spans.discard(span)
 
-    @contextlib.contextmanager
-    def looking_at(self, stream: Watched) -> Iterator[None]:
-        """Look at a stream every LOOK_SECONDS. One timer for all: two for each message would cost more than sending it."""
-        self._watched.add(stream)
-        if self._looking is None:
-            self._look_later()
-        try:
-            yield
-        finally:
-            self._watched.discard(stream)
-
-    def _look_later(self) -> None:
-        self._looking = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look) if self._watched else None
-
     def _look(self) -> None:
-        now = asyncio.get_running_loop().time()
-        for stream in tuple(self._watched):
-            stream.look(now)
-        self._look_later()
+        # One timer for all streams: two for each message would cost more than sending it.
+        loop = asyncio.get_running_loop()
+        for span in tuple(self._spans):
+            if span.look is not None:
+                span.look(loop.time())
+        self._looking = loop.call_later(LOOK_SECONDS, self._look) if self._spans else None
 
     def drain(self) -> None:
         """End every stream and long poll within a second. From any thread."""
@@ -112,21 +100,18 @@ class Site:
             span.end_soon("draining")
 
 
-class Watched(Protocol):
-    """A stream, seen from the site."""
-
-    def look(self, now: float) -> None:
-        """Do what is due at this time of the loop."""
-
-
 class Span:
     """`async with`: a block that ends early, and quietly, when the client leaves, the server drains or a right expires.
 
-    ended: the reason, which is "gone", "draining", "expired" or what end() was told; None where the block came to its own end.
+    ended: why, which is "gone", "draining", "expired" or what end() was told; None where the block came to its own end.
+    look: called with the loop's time every LOOK_SECONDS.
     """
 
-    def __init__(self, site: Site, receive: Receive, expires_at: float | None) -> None:
+    def __init__(
+        self, site: Site, receive: Receive, expires_at: float | None, look: Callable[[float], None] | None
+    ) -> None:
         self.ended: str | None = None
+        self.look = look
         self._site = site
         self._receive = receive
         self._expires_at = expires_at
@@ -260,9 +245,9 @@ class Call:
         self.size = len(raw)
         return bytes(raw)
 
-    def span(self) -> Span:
+    def span(self, look: Callable[[float], None] | None = None) -> Span:
         """A block in which this request waits; see Span."""
-        return Span(self.site, self.request.receive, getattr(self.principal, "expires_at", None))
+        return Span(self.site, self.request.receive, getattr(self.principal, "expires_at", None), look)
 
 
 Answer: TypeAlias = Callable[[Call], Awaitable[ASGIApp]]
@@ -327,6 +312,9 @@ class Endpoint:
 
     async def _answer(self, request: Request) -> ASGIApp:
         _check_url(request.scope)
+        if "content-length" in request.headers and "transfer-encoding" in request.headers:
+            # Two lengths: what a proxy took for one request may be two.
+            raise Problem(400, "invalid_input", "the body has two lengths", headers={"Connection": "close"})
         if not self._is_from_here(request):
             raise Problem(403, "foreign_origin")
         if request.method == "OPTIONS":

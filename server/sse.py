@@ -65,6 +65,7 @@ class EventStream:
         self._tail = channel.tail(after=after, view=view)
         # Where this reader stood before its first message; None until the database was asked.
         self._cursor = names.format_cursor(0, 0) if after == 0 else self._tail.cursor
+        self._span = call.span(self._look)
         self._is_open = False
         self._sent_at = 0.0
         self._sending_since: float | None = None
@@ -74,7 +75,7 @@ class EventStream:
         self._send = send
         last = b""
         try:
-            async with self._call.span() as self._span, self._call.site.looking_at(self):
+            async with self._span:
                 last = await self._stream()
             if self._span.ended in ("gone", "stalled"):
                 return
@@ -92,7 +93,7 @@ class EventStream:
                 # To return without the last chunk closes the connection once the client has taken what it was sent.
                 scope.get("extensions", {}).get(ABORT, lambda: None)()
 
-    def look(self, now: float) -> None:
+    def _look(self, now: float) -> None:
         """Cut a client that takes nothing, give a sign of life to one that was sent nothing. Called every second."""
         if self._sending_since is not None:
             if now - self._sending_since > STALL_SECONDS:
@@ -128,10 +129,10 @@ class EventStream:
         cursor = self._tail.cursor or self._cursor
         return _event("end", {"cursor": cursor}, cursor)
 
-    async def _place(self) -> None:
+    async def _place(self) -> str | None:
         """Find the cursor of a bare position, or of "now", so that a reader that is cut at once can name its place."""
         if self._cursor is not None:
-            return
+            return self._cursor
         if self._after == "now":
             self._cursor = (await self._channel.page(after="now")).cursor
         else:
@@ -144,18 +145,17 @@ class EventStream:
                 self._cursor = reset.cursor  # of a position that is the trim boundary
             else:
                 if not found:
-                    return  # past the head: the tail says so
+                    return None  # past the head: the tail says so
                 self._cursor = found[0].cursor
         self._tail.unfollow()
         self._tail = self._channel.tail(after=self._cursor, view=self._view)
+        return self._cursor
 
     async def _next(self) -> list[Message] | None:
         """The next page, which may be empty; None at the channel's end."""
         try:
-            if self._cursor is None:
-                await self._place()
-                if self._cursor is not None:
-                    await self._write(f"id: {self._cursor}\n\n".encode())
+            if self._cursor is None and (cursor := await self._place()) is not None:
+                await self._write(f"id: {cursor}\n\n".encode())
             return await self._tail.next_page()
         except Unavailable:
             await asyncio.sleep(AWAY_SECONDS)

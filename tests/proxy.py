@@ -39,7 +39,7 @@ class Proxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def swallow(self, marker: bytes) -> None:
-        """Let the next statement that holds these bytes, as they are or in hexadecimal, through, but not its answer: hang up when that comes."""
+        """Let the next statement with these bytes, or their hexadecimal, through but not its answer: hang up on it."""
         self._marker = marker
 
     def silence(self, silent: bool = True) -> None:

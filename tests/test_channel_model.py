@@ -17,11 +17,12 @@ from pgchan import Message, errors
 
 BODIES = st.text(st.characters(exclude_categories=["Cs"]), max_size=5) | st.integers()
 KEYS = st.sampled_from(["k1", "k2", "k3"])
+BATCHES = st.lists(st.tuples(BODIES, st.none() | KEYS), min_size=1, max_size=4, unique_by=lambda e: e[1] or id(e))
 _numbers = itertools.count()
 
 
 class ChannelModel(RuleBasedStateMachine):
-    """The list `kept` has the messages after position `trimmed`; `generation` counts deletions."""
+    """The list `kept` has the messages after position `trimmed`; `life` counts deletions."""
 
     client: pgchan.Client
     connection: psycopg.Connection[Any]
@@ -73,7 +74,7 @@ class ChannelModel(RuleBasedStateMachine):
         self.put(body, key)
         return (self.life, message.position, message.cursor)
 
-    @rule(entries=st.lists(st.tuples(BODIES, st.none() | KEYS), min_size=1, max_size=4, unique_by=lambda e: e[1] or id(e)))
+    @rule(entries=BATCHES)
     def publish_many(self, entries: list[tuple[Any, str | None]]) -> None:
         bodies, keys = [body for body, _ in entries], [key for _, key in entries]
         wanted = [self.expect(body, key) for body, key in entries]
@@ -120,11 +121,8 @@ class ChannelModel(RuleBasedStateMachine):
     @rule(cursor=cursors)
     def resume(self, cursor: tuple[int, int, str]) -> None:
         life, position, after = cursor
-        same = life == self.life or position == 0
         # Of a cursor at the boundary nothing can be compared any more.
-        if same and (position == 0 or position >= self.trimmed):
-            self.check(self.channel.read(after=after, limit=1000), position)
-        elif not same and position == self.trimmed:
+        if position in (0, self.trimmed) or (life == self.life and position > self.trimmed):
             self.check(self.channel.read(after=after, limit=1000), position)
         else:
             with pytest.raises(errors.Trimmed if position < self.trimmed else errors.HistoryLost) as caught:

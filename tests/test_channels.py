@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -20,6 +20,14 @@ from pgchan import errors, names
 from pgchan.names import format_cursor
 
 WAKEUP_SECONDS = 0.8  # less than a sweep: whoever is this fast was woken
+
+
+@pytest.fixture(params=["async", "blocking"])
+async def nowhere(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
+    """A client without a server: what it refuses with InvalidInput was never sent."""
+    door = Door(request.param, "postgresql://nobody@127.0.0.1:1/nowhere")
+    yield door.client()
+    await door.close()
 
 
 # ------------------------------------------------------------------------------------------------ publish
@@ -250,9 +258,9 @@ async def test_a_page_is_bounded_in_bytes_and_the_rest_follows(client: Any) -> N
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1001, True, 1.0, "10", None])
-async def test_a_limit_is_an_int_from_1_to_1000(client: Any, limit: Any) -> None:
+async def test_a_limit_is_an_int_from_1_to_1000(nowhere: Any, limit: Any) -> None:
     with pytest.raises(errors.InvalidInput, match="limit"):
-        await client.channel("c").read(limit=limit)
+        await nowhere.channel("c").read(limit=limit)
 
 
 @pytest.mark.parametrize(
@@ -260,16 +268,16 @@ async def test_a_limit_is_an_int_from_1_to_1000(client: Any, limit: Any) -> None
     ["", " 1 ", "1", "1e3", "٣", "9" * 65, "0000000000000001_000000000000000x", format_cursor(1, 2) + "\n",
      -1, 2**63, True, 1.0, None, b"now", "NOW"],
 )  # fmt: skip
-async def test_a_cursor_that_is_none_is_refused(client: Any, after: Any) -> None:
+async def test_a_cursor_that_is_none_is_refused(nowhere: Any, after: Any) -> None:
     with pytest.raises(errors.InvalidInput, match="after"):
-        await client.channel("c").read(after=after)
+        await nowhere.channel("c").read(after=after)
     with pytest.raises(errors.InvalidInput, match="after"):
-        client.channel("c").tail(after=after)
+        nowhere.channel("c").tail(after=after)
 
 
-async def test_a_view_is_final_or_raw(client: Any) -> None:
+async def test_a_view_is_final_or_raw(nowhere: Any) -> None:
     with pytest.raises(errors.InvalidInput, match="view"):
-        await client.channel("c").read(view="all")
+        await nowhere.channel("c").read(view="all")
 
 
 async def test_channels_are_listed_by_prefix_in_order_of_name(client: Any) -> None:
@@ -352,12 +360,12 @@ async def test_trimming_everything_leaves_a_channel_that_goes_on(client: Any) ->
         assert [message.body for message in await channel.read(after=after)] == [4]
 
 
-@pytest.mark.parametrize("before", [-1, 5, True, 1.0, "1", None])
-async def test_trim_takes_positions_up_to_the_head_plus_one(client: Any, before: Any) -> None:
+async def test_trim_takes_positions_up_to_the_head_plus_one(client: Any) -> None:
     channel = client.channel("trimmed")
     await channel.publish_many([1, 2, 3])
-    with pytest.raises(errors.InvalidInput, match="before"):
-        await channel.trim(before)
+    for before in (-1, 5, 10**20, True, 1.0, "1", None):
+        with pytest.raises(errors.InvalidInput, match="before"):
+            await channel.trim(before)
     assert (await channel.info()).trimmed == 0
 
 
@@ -722,12 +730,12 @@ async def test_a_channel_with_a_ttl_is_removed_when_that_is_over(client: Any, ds
 
 
 @pytest.mark.parametrize("ttl", [0, -1, float("nan"), float("inf"), True, "1", 11 * 366 * 86400])
-async def test_a_ttl_is_a_positive_time_of_at_most_ten_years(client: Any, ttl: Any) -> None:
+async def test_a_ttl_is_a_positive_time_of_at_most_ten_years(nowhere: Any, ttl: Any) -> None:
     with pytest.raises(errors.InvalidInput, match="ttl"):
-        await client.channel("c").create(ttl=ttl)
+        await nowhere.channel("c").create(ttl=ttl)
 
 
 @pytest.mark.parametrize("content_type", ["", "json", "a/b\n", "text/plain\r\nX: y", "a/" + "b" * 300, None, b"a/b"])
-async def test_a_content_type_is_a_media_type(client: Any, content_type: Any) -> None:
+async def test_a_content_type_is_a_media_type(nowhere: Any, content_type: Any) -> None:
     with pytest.raises(errors.InvalidInput, match="content_type"):
-        await client.channel("c").create(content_type)
+        await nowhere.channel("c").create(content_type)

@@ -78,7 +78,7 @@ class Pair(NamedTuple):
         ({"at": datetime.now()}, "$.at"), ({"x": {1: 2}}, "$.x"), ({None: 1}, "$"), ((1, {True: 1}), "$[1]"),  # noqa: DTZ005
         (math.nan, "$"), ([math.inf], "$[0]"), ({"a": -math.inf}, "$.a"), (Colour.RED, "$"), (1j, "$"), (iter([]), "$"),
     ],
-    ids=repr,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )  # fmt: skip
 def test_what_is_not_json_is_refused_with_its_place(body: Any, place: str) -> None:
     with pytest.raises(InvalidInput) as caught:
@@ -126,7 +126,9 @@ def test_subclasses_are_stored_as_what_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    "raw", ["", "{", "[1,]", "{'a':1}", "nul", b"\xff", b'"\xed\xa0\x80"', "[" * 100_000, '{"a":1} 2', "\ufeff1"], ids=ascii
+    "raw",
+    ["", "{", "[1,]", "{'a':1}", "nul", b"\xff", b'"\xed\xa0\x80"', '"a"'.encode("utf-16"), '{"a":1} 2', "\ufeff1"],
+    ids=ascii,
 )
 def test_json_text_from_outside_is_checked(raw: Any) -> None:
     with pytest.raises(InvalidInput) as caught:
@@ -138,6 +140,12 @@ def test_json_text_from_outside_is_checked(raw: Any) -> None:
 def test_json_text_with_what_encode_would_refuse_is_refused(raw: Any) -> None:
     with pytest.raises(InvalidInput):
         codec.parse(json.dumps(nested(65)) if raw is nested else raw)
+
+
+def test_json_text_that_is_nested_too_deeply_is_refused() -> None:
+    for levels in (65, 100_000):
+        with pytest.raises(InvalidInput, match="64 levels"):
+            codec.parse("[" * levels + "]" * levels)
 
 
 def test_pairs_of_surrogates_are_one_character() -> None:

@@ -16,11 +16,13 @@ from pgchan import names
 from pgchan.errors import InvalidInput
 
 LEGAL = "ABCXYZabcxyz0189._:/@~+=-"
-GOOD_NAMES = ["a", "chat/42", "a.b", "...", "a/.../b", ".a", "a..", "A:b@c~d+e=f-g_h", "x" * 200, "pgchan", "pgchan/a", "-"]
+GOOD_NAMES = [
+    "a", "chat/42", "a.b", "...", "a/.../b", ".a", "a..", "A:b@c~d+e=f-g_h", "x" * 200, "pgchan", "pgchan/a", "-",
+]  # fmt: skip
 BAD_NAMES: list[Any] = [
     "", "x" * 201, None, 1, b"bytes", "a\n", "\na", "a\0b", "a b", "a*", "a%41", "a#b", "a?b", "/a", "a/", "a//b", "/",
-    ".", "..", "a/./b", "a/../b", "./a", "a/..", "pgchan:", "pgchan:journal:1", "naïve", "a\u200bb", "а", "e\u0301", "😀",
-    "\ud800",
+    ".", "..", "a/./b", "a/../b", "./a", "a/..", "pgchan:", "pgchan:journal:1", "naïve", "a\u200bb", "\u0430",
+    "e\u0301", "😀", "\ud800",
 ]  # fmt: skip
 
 
@@ -126,8 +128,7 @@ def test_cursors_sort_as_their_positions_do(first: int, second: int) -> None:
 def test_any_text_is_a_cursor_or_refused(text: str) -> None:
     try:
         found = names.parse_after(text)
-    except InvalidInput as error:
-        assert len(str(error)) < 500
+    except InvalidInput:
         return
     assert text == "now" or (found is not None and names.format_cursor(found[0], found[1] or 0) == text)
 

@@ -351,6 +351,19 @@ async def test_a_body_that_never_ends_is_not_waited_for(client: AsyncClient, mon
         writer.close()
 
 
+async def test_a_body_with_two_lengths_closes_the_connection(client: AsyncClient) -> None:
+    async with Running(create_app(client, auth=Insecure())) as served:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(
+            b"POST /channels/c HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\nContent-Length: 5\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"
+        )
+        answer = await asyncio.wait_for(reader.read(), 5)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert answer.count(b"HTTP/1.1 ") == 1
+        writer.close()
+
+
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 async def test_a_url_may_have_eight_kibibytes(http: httpx.AsyncClient, extra: int) -> None:
     path = "/channels/c?x="

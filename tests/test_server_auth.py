@@ -133,7 +133,7 @@ async def test_a_valid_token_is_let_in(nowhere: AsyncClient) -> None:
         token(key=rsa.generate_private_key(65537, 2048), algorithm="RS256"), token(header={"crit": ["b64"]}),
         token(exp=time.time() - 60), token(exp=time.time() + 7200), token(exp=True), token(exp="soon"),
         token(exp=1e300), token(exp=str(int(time.time()) + 60)),
-        token(nbf=time.time() + 60), token(iat=time.time() + 60), token(aud="other"), token(aud=["other"]),
+        token(nbf=time.time() + 1800), token(iat=time.time() + 1800), token(aud="other"), token(aud=["other"]),
         token(sub=""), token(sub=7), token(exp=None), token(sub=None), token(aud=None), token(pgchan=None),
         token(pgchan={}), token(pgchan=[]), token(pgchan={"workflows": []}), token(pgchan={"channels": []}),
         token(pgchan={"channels": {}, "admin": True}), token(pgchan={"channels": {}, "workflows": "work"}),

@@ -195,6 +195,17 @@ async def test_a_reader_that_lacks_the_last_message_gets_it_before_the_end(
         assert [block.get("event") async for block in reader.blocks()] == [None, "message", "end"]
 
 
+async def test_an_old_client_gets_the_stream_until_the_connection_closes(client: AsyncClient, served: Running) -> None:
+    await publish(client, "c", 1)
+    await client.channel("c").close()
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+    writer.write(b"GET /channels/c HTTP/1.0\r\nAccept: text/event-stream\r\n\r\n")
+    _, _, body = (await asyncio.wait_for(reader.read(), 5)).partition(b"\r\n\r\n")
+    blocks = [parse_block(block) for block in body.removesuffix(b"\n\n").split(b"\n\n")]
+    assert [block.get("event") for block in blocks] == [None, "message", "end"]
+    writer.close()
+
+
 async def test_a_client_that_leaves_is_forgotten(client: AsyncClient, served: Running, wait_until: Wait) -> None:
     async with follow(served.port, "/channels/c") as reader:
         await reader.next()

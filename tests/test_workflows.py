@@ -96,7 +96,9 @@ def test_what_is_neither_a_workflow_nor_a_name_cannot_be_started() -> None:
 
 
 def test_json_arguments_become_what_the_annotations_say() -> None:
-    async def fn(run: Any, order: Order, model: Model, at: datetime, many: list[Order], plain, anything: Any) -> None: ...
+    async def fn(  # type: ignore[no-untyped-def]
+        run: Any, order: Order, model: Model, at: datetime, many: list[Order], plain, anything: Any
+    ) -> None: ...  # fmt: skip
 
     id = uuid.uuid4()
     order = {"id": str(id), "amount": 1}
@@ -166,7 +168,7 @@ def test_two_workflows_of_a_worker_cannot_share_a_name() -> None:
     client = pgchan.AsyncClient("postgresql://localhost/nothing")
     with pytest.raises(InvalidInput, match="two workflows are named 'same'"):
         pgchan.Worker(client, [one, two])
-    with pytest.raises(InvalidInput, match="decorated with @pgchan.workflow"):
+    with pytest.raises(InvalidInput, match="decorated with @pgchan"):
         pgchan.Worker(client, [test_two_workflows_of_a_worker_cannot_share_a_name])  # type: ignore[list-item]
 
 

@@ -163,7 +163,7 @@ def stubborn(run: Any) -> None:
     run.step(hang)
 
 
-WORKFLOWS = [talk, everything, reserve, receive, ping, endless, blocks, stubborn]
+WORKFLOWS: list[Any] = [talk, everything, reserve, receive, ping, endless, blocks, stubborn]
 
 
 def _obey(loop: asyncio.AbstractEventLoop) -> None:
@@ -341,5 +341,6 @@ class Workers:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=os.environ.get("PGCHAN_TEST_LOG", "WARNING"), format="%(asctime)s %(process)d %(message)s")
+    level = os.environ.get("PGCHAN_TEST_LOG", "WARNING")
+    logging.basicConfig(level=level, format="%(asctime)s %(process)d %(message)s")
     asyncio.run(_work(sys.argv[1], sys.argv[2], sys.argv[3] or None, json.loads(sys.argv[4])))

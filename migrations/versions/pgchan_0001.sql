@@ -57,8 +57,11 @@ create table pgchan.messages (
 );
 -- Serves the promise that a key is stored once; look-ups by key.
 create unique index messages_key on pgchan.messages (channel_id, key) where key is not null;
--- Serves `final` (is there a reset?) and the search for signals. Ordinary messages are not in it.
+-- Serves the search for signals. Ordinary messages are not in it.
 create index messages_special on pgchan.messages (channel_id, kind, "position") where kind <> 0;
+-- Serves `final_messages`: is there a reset? Only resets are in it, for a page of a channel with thousands of other
+-- control messages must not look at each of them for each of its rows.
+create index messages_reset on pgchan.messages (channel_id, step, "position") where void_from is not null;
 
 -- One row: one worker process that has not been reaped. Its lock is (1885823848, id).
 create table pgchan.workers (
