@@ -40,7 +40,6 @@ T = TypeVar("T")
 ROUNDS = 7  # that count; one more comes first, to warm up
 ASLEEP_SECONDS = 0.002  # the end of a pause that is slept outside of the event loop, see `due_times`
 ANSWER_SECONDS = 30.0  # what a process of a benchmark may take to answer
-NOISE = 1.15  # a ratio closer to 1 than this says nothing
 
 # The floors write what pgchan.messages holds: same columns, same indexes, same fill factor of the counter's row.
 FLOOR_SCHEMA = """

@@ -1,8 +1,8 @@
 """Is this server, pooler and role fit to run on; what to change if not.
 
-What must hold at every start is checked there too (db.check_deployment); here each check is a line of its own, and those
-that only a person can weigh are added: an old snapshot that holds back vacuum, a NOTIFY queue that fills up, runs that
-nobody has code for, workers whose lock somebody else holds.
+What must hold at every start is checked there too (db.check_deployment). Here each check is a line of its own, and
+those that only a person can weigh are added: an old snapshot that holds back vacuum, a NOTIFY queue that fills up,
+runs that wait for a worker, workers whose lock somebody else holds.
 """
 
 from __future__ import annotations

@@ -314,7 +314,7 @@ class Liveness:
         settings = {
             "idle_session_timeout": milliseconds(lease),
             "client_connection_check_interval": milliseconds(min(0.5, lease / 4)),
-          
+
             # grace of 0.1 or more then ends after DEADLINE: nobody takes over from a worker that still acts.
             "tcp_keepalives_idle": str(math.ceil(0.3 * lease)),
             "tcp_keepalives_interval": str(math.ceil(0.1 * lease)),

@@ -107,12 +107,13 @@ create index runs_recent on pgchan.runs (created_at desc);
 -- Serves the removal of a journal's channel.
 create index runs_journal on pgchan.runs (journal_id);
 
--- Messages without void output: what an unfinished attempt of a step left behind before a later one started over.
+-- Messages without void output: what an unfinished attempt of a step left behind before a later one started over. Only
+-- resets have a void_from. That their kind is 2 is not asked for, or the planner might take messages_special.
 create view pgchan.final_messages as
   select m.* from pgchan.messages m
   where m.step is null or m.kind <> 0 or not exists (
     select from pgchan.messages r
-    where r.channel_id = m.channel_id and r.kind = 2 and r."position" > m."position"
+    where r.channel_id = m.channel_id and r."position" > m."position"
       and r.step = m.step and r.attempt > m.attempt and r.void_from <= m."position");
 
 -- The schema's revision, read at start-up. Each migration redefines it.
@@ -812,6 +813,8 @@ begin
   if outcome = 'appended' and target.state = 'waiting' then
     update pgchan.runs r set state = 'scheduled', wake_at = null where r.channel_id = target.channel_id;
     ready := target.queue;
+  elsif outcome = 'appended' and target.state = 'scheduled' and target.wake_at is null then
+    ready := target.queue;  -- a claim that met the lock on its row has passed over it, and must come again
   end if;
 end $$;
 
@@ -1068,7 +1071,7 @@ end $$;
 -- The messages after a position, at most max; without void output. Nothing if there is no such channel. Raises PC001.
 create function pgchan.read(channel text, after bigint default 0, max integer default 100)
 returns table ("position" bigint, kind text, body jsonb, key text, at timestamptz)
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set enable_bitmapscan = off as $$
 #variable_conflict use_column
 begin
   perform pgchan.check_name(channel);
@@ -1080,9 +1083,11 @@ begin
     select m."position", (array['message', 'signal', 'control'])[m.kind + 1],
            pgchan.as_json(m.body, case when m.kind = 2 then 'application/json' else c.content_type end),
            case when m.key not like 'pgchan:%' then m.key end, m.at
-    from pgchan.channels c join pgchan.final_messages m on m.channel_id = c.id
-    where c.name = read.channel and m."position" > greatest(read.after, c.trimmed)
-    order by m."position" limit read.max;
+    from pgchan.channels c cross join lateral (
+      select f.* from pgchan.final_messages f
+      where f.channel_id = c.id and f."position" > greatest(read.after, c.trimmed)
+      order by f."position" limit read.max) m
+    where c.name = read.channel order by m."position";
 end $$;
 
 -- Start a run in the caller's transaction; its id. Idempotent by id. Raises PC001, PC006 (the id was used for another).

@@ -103,24 +103,23 @@ class EventStream:
 
     async def _stream(self) -> bytes:
         """Send all there is and all that comes; returns the frame for the end."""
-        is_late = False
-        found: list[Message] | None = []
+        # A task, so that a database that is slow or away is still being asked while the client is told to wait.
+        first = asyncio.create_task(self._first())
         try:
-            async with asyncio.timeout(FIRST_SECONDS):
-                await self._place()
-                found = await self._tail.next_page(0.0)
-        except (TimeoutError, Unavailable):
-            is_late = True
-        except Reset:
-            pass  # met again below, and told there
-        if found is None and self._resumed:
-            await self._open(204)
-            return b""
-        await self._open(200)
-        block = f"retry: {random.randint(*RETRY_MS)}\n".encode()  # noqa: S311
-        if self._cursor is not None:
-            block += f"id: {self._cursor}\n".encode()
-        await self._write(block + b"\n" + (WAITING if is_late else self._sign(b"")))
+            await asyncio.wait({first}, timeout=FIRST_SECONDS)
+            is_late = not first.done()
+            if not is_late and first.result() is None and self._resumed:
+                await self._open(204)
+                return b""
+            await self._open(200)
+            place = self._cursor
+            block = f"retry: {random.randint(*RETRY_MS)}\n".encode()  # noqa: S311
+            await self._write(block + _id(place) + b"\n" + (WAITING if is_late else self._sign(b"")))
+            found = await first
+        finally:
+            first.cancel()
+        if place is None and self._cursor is not None:
+            await self._write(_id(self._cursor) + b"\n")
         while found is not None:
             if found:
                 for chunk in in_chunks(frame(message) for message in found):
@@ -128,6 +127,14 @@ class EventStream:
             found = await self._next()
         cursor = self._tail.cursor or self._cursor
         return _event("end", {"cursor": cursor}, cursor)
+
+    async def _first(self) -> list[Message] | None:
+        """What is there already."""
+        try:
+            await self._place()
+            return await self._tail.next_page(0.0)
+        except (Unavailable, Reset):
+            return []  # met again by _next, and told
 
     async def _place(self) -> str | None:
         """Find the cursor of a bare position, or of "now", so that a reader that is cut at once can name its place."""
@@ -155,7 +162,7 @@ class EventStream:
         """The next page, which may be empty; None at the channel's end."""
         try:
             if self._cursor is None and (cursor := await self._place()) is not None:
-                await self._write(f"id: {cursor}\n\n".encode())
+                await self._write(_id(cursor) + b"\n")
             return await self._tail.next_page()
         except Unavailable:
             await asyncio.sleep(AWAY_SECONDS)
@@ -213,9 +220,12 @@ def _data_lines(data: bytes) -> bytes:
     return b"".join(b"data: " + line + b"\n" for line in _LINE_END.split(data))
 
 
+def _id(cursor: str | None) -> bytes:
+    return b"" if cursor is None else f"id: {cursor}\n".encode()
+
+
 def _event(name: str, data: dict[str, Any], cursor: str | None) -> bytes:
-    head = f"id: {cursor}\n" if cursor is not None else ""
-    return f"{head}event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+    return _id(cursor) + f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
 
 
 def _reset_event(reset: Reset) -> bytes:

@@ -68,7 +68,7 @@ class Reader:
                 block, _, text = text.partition(b"\n\n")
                 yield parse_block(block)
 
-    async def next(self, seconds: float = 10.0) -> dict[str, str]:
+    async def next(self, seconds: float = 30.0) -> dict[str, str]:
         if not hasattr(self, "_blocks"):
             self._blocks = self.blocks()
         async with asyncio.timeout(seconds):
@@ -109,7 +109,7 @@ async def follow(port: int, path: str, **headers: str) -> AsyncIterator[Reader]:
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     writer.write("\r\n".join([*lines, "", ""]).encode())
     try:
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(30):
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         first, *rest = head.strip().split("\r\n")
         pairs = (line.partition(": ") for line in rest)

@@ -22,8 +22,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from workers import Workers
 
 import pgchan
-from pgchan import errors, points
-from pgchan.attempt import INBOX_SIGNALS_MAX
+from pgchan import attempt, errors, points, worker
 
 NOW = pgchan.Retry(attempts=3, delay=0)
 
@@ -86,8 +85,8 @@ def moves(client: pgchan.AsyncClient, workers: Workers) -> Callable[..., Any]:
     """Stop this worker, which hands its runs back, and start another with the same code."""
 
     async def move(worker_of: Callable[..., Any], **options: Any) -> None:
-        (_, worker, _) = workers._all[0]
-        await workers.stop(worker)
+        (_, executing, _) = workers._all[0]
+        await workers.stop(executing)
         await workers.start(pgchan.workflow(worker_of), **options)
 
     return move
@@ -300,7 +299,8 @@ async def test_a_run_that_is_used_after_it_has_ended_is_fenced(execute: Any) -> 
         kept.append(run)
 
     await (await execute(flow)).result(10)
-    for use in (kept[0].publish("late"), kept[0].step(dict), kept[0].receive()):
+    uses: list[Any] = [kept[0].publish("late"), kept[0].step(dict), kept[0].receive()]
+    for use in uses:
         with pytest.raises(errors.Fenced):
             await use
 
@@ -641,8 +641,12 @@ async def test_signals_of_a_failed_try_go_back_in_order(steps: Steps, execute: A
     assert [body["signal"] for body in await controls(handle, "consumed")] == [1, 2, 3]
 
 
-async def test_more_signals_than_are_read_at_once_all_arrive(execute: Any, client: pgchan.AsyncClient) -> None:
-    count = 2 * INBOX_SIGNALS_MAX + 5
+async def test_more_signals_than_are_read_at_once_all_arrive(
+    execute: Any, client: pgchan.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 25
+    for module in (attempt, worker):
+        monkeypatch.setattr(module, "INBOX_SIGNALS_MAX", 10)
 
     async def listen(run: pgchan.Run) -> int:
         seen = 0
@@ -769,10 +773,10 @@ async def test_a_run_that_waits_leaves_memory_and_is_woken(
             return await run.sleep(0.6)
         return await (await run.start(child, id="child")).result()
 
-    worker = await workers.start(flow, child, linger=0.05)
+    executing = await workers.start(flow, child, linger=0.05)
     handle = await client.start(flow)
     await reaches(handle, "waiting")
-    await wait_until(lambda: worker.running == 0)
+    await wait_until(lambda: executing.running == 0)
     status = await handle.status()
     assert (status.worker, status.wake_at is None) == (None, kind == "receive")
     assert len(asyncio.all_tasks()) < 20
@@ -793,10 +797,10 @@ async def test_a_run_stays_in_memory_while_a_step_is_under_way_and_leaves_then(
 
     handle = await execute(flow, linger=0.05)
     await steps.reached.wait()
-    worker = workers._all[0][1]
-    (attempt,) = worker._held.values()
-    await asyncio.sleep(4 * 0.05)  # not a fact to wait for: that nothing happens
-    assert worker.running == 1 and attempt.over is None
+    executing = workers._all[0][1]
+    with pytest.raises(TimeoutError):
+        await handle.result(4 * 0.05)
+    assert executing.running == 1 and (await handle.status()).attempt == 1
     steps.gate.set()
     await reaches(handle, "waiting")
     await handle.signal(1)
