@@ -3,6 +3,8 @@
 Ours and its floor are measured in turns, in one run, in an order that is drawn anew for each round; what counts is the
 median over the rounds of their ratio. Single figures differ by 1.7 × from run to run on a shared machine, ratios by
 much less. A floor is the same durable effect, written by hand with a bare driver.
+
+The file is long because the scripts are to hold nothing but their question.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Counts, not times: they are the same on every machine. Rows and commits are coun
 (pg_walinspect, PostgreSQL 15 and newer), so a server that others use at the time counts their work too. NOTIFYs are
 heard by a connection that listens to all of pgchan's names. Statements are those of pg_stat_statements, which the
 embedded server loads and others may lack; it misses procedure calls in sessions that force generic plans, so it is
-first compared with a number of calls that is known, and its figures are left out where it fell short. The floor of the log is one plain INSERT of the same rows, in as many
-statements as there were batches.
+first compared with a number of calls that is known, and its figures are left out where it fell short. The floor of
+the log is one plain INSERT of the same rows, in as many statements as there were batches.
 """
 
 from __future__ import annotations

@@ -314,8 +314,8 @@ class Liveness:
         settings = {
             "idle_session_timeout": milliseconds(lease),
             "client_connection_check_interval": milliseconds(min(0.5, lease / 4)),
-
-            # grace of 0.1 or more then ends after DEADLINE: nobody takes over from a worker that still acts.
+            # Where packets are dropped the server gives the session up at 0.6 of the lease after the last heartbeat.
+            # A grace of 0.1 or more then ends after DEADLINE: nobody takes over from a worker that still acts.
             "tcp_keepalives_idle": str(math.ceil(0.3 * lease)),
             "tcp_keepalives_interval": str(math.ceil(0.1 * lease)),
             "tcp_keepalives_count": "3",

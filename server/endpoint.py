@@ -16,15 +16,11 @@ import logging
 import random
 import re
 import secrets
-import signal
-import threading
 import time
-import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeAlias
 
-import uvicorn
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -32,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pgchan import AsyncClient, names
 from pgchan.server import auth as auths
+from pgchan.server import draining
 from pgchan.server.problems import Problem, bad_request, forbidden, problem, unauthorized
 
 URL_BYTES_MAX = 8 << 10  # what browsers and proxies agree on
@@ -69,7 +66,7 @@ class Site:
         self._spans.add(span)
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
-            _hear_signals(self)
+            draining.hear_signals(self)
         if self._looking is None:
             self._looking = self._loop.call_later(LOOK_SECONDS, self._look)
         if self.is_draining:
@@ -379,30 +376,3 @@ def _once(items: Sequence[tuple[str, str]], what: str) -> dict[str, str]:
             raise bad_request(f"{what} {name!r:.80} is repeated")
         found[name] = value
     return found
-
-
-# ------------------------------------------------------------------------------------------------ signals
-
-# uvicorn waits for open connections, without a limit, before it tells the application that it is about to end. So the
-# first request that may last puts a function before uvicorn's own, which ends the streams of this process.
-
-_sites: weakref.WeakSet[Site] = weakref.WeakSet()
-
-
-def _hear_signals(site: Site) -> None:
-    _sites.add(site)
-    if threading.current_thread() is not threading.main_thread():
-        return
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous: Any = signal.getsignal(number)
-        if isinstance(getattr(previous, "__self__", None), uvicorn.Server):
-            signal.signal(number, _draining_before(previous))
-
-
-def _draining_before(previous: Callable[[int, Any], Any]) -> Callable[[int, Any], Any]:
-    def drain_all(number: int, frame: Any) -> Any:
-        for site in tuple(_sites):
-            site.drain()
-        return previous(number, frame)
-
-    return drain_all

@@ -642,14 +642,15 @@ async def test_signals_of_a_failed_try_go_back_in_order(steps: Steps, execute: A
 
 
 async def test_more_signals_than_are_read_at_once_all_arrive(
-    execute: Any, client: pgchan.AsyncClient, monkeypatch: pytest.MonkeyPatch
+    steps: Steps, client: pgchan.AsyncClient, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count = 25
+    count = 50
     for module in (attempt, worker):
         monkeypatch.setattr(module, "INBOX_SIGNALS_MAX", 10)
 
     async def listen(run: pgchan.Run) -> int:
         seen = 0
+        steps.reached.set()
         async for signal in run.signals():
             assert signal.body == seen
             seen += 1
@@ -661,12 +662,13 @@ async def test_more_signals_than_are_read_at_once_all_arrive(
     async def flow(run: pgchan.Run) -> Any:
         return await run.step(listen, run)
 
+    send = "select count(pgchan.signal(%s, to_jsonb(n))) from generate_series(%s::int, %s::int) n"
     handle = await client.start(flow)
-    query(
-        client.dsn, "select count(pgchan.signal(%s, to_jsonb(n))) from generate_series(0, %s) n", handle.id, count - 1
-    )
-    await execute(flow)
-    assert await handle.result(20) == count
+    query(client.dsn, send, handle.id, 0, 24)  # before the run begins, and while its step is under way
+    await workers.start(flow)
+    await steps.reached.wait()
+    query(client.dsn, send, handle.id, 25, 49)
+    assert await handle.result(3) == count
 
 
 async def test_a_signal_interrupts_a_step_that_allows_it(steps: Steps, execute: Any, moves: Any) -> None:
