@@ -201,10 +201,14 @@ class AsyncChannel:
         after: a position, a cursor, or "now". view: "final" leaves out void output of runs, "raw" has everything.
         Raises InvalidInput, HistoryLost, Trimmed.
         """
-        return (await self.page(after=after, limit=limit, view=view)).messages
+        return await channels.read(self._client._use(), self.name, after=after, limit=limit, view=view)
 
     async def page(self, *, after: int | str = 0, limit: int = 100, view: str = "final") -> Page:
-        """As read, with the cursor of the last position considered, and the channel's head and state."""
+        """The next `limit` positions: their messages, the cursor of the last position considered, head and state.
+
+        Void output leaves gaps, so a page may have fewer messages although more follow: go on from its cursor until
+        that is at `head`. Otherwise as read.
+        """
         return await channels.page(self._client._use(), self.name, after=after, limit=limit, view=view)
 
     def tail(self, *, after: int | str = 0, view: str = "final") -> AsyncTail:

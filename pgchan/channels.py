@@ -167,28 +167,37 @@ async def page(db: Db, name: str, *, after: int | str = 0, limit: int = 100, vie
     statement = sql.PAGE_FINAL if names.check_view(view) == "final" else sql.PAGE_RAW
     start = names.parse_after(after)
     position, check = start if start is not None else (names.POSITION_MAX, None)
-    # Two more than asked for: the reader's own row, and the one that tells whether there is more.
-    rows = await db.fetch(statement, name, position, limit + 2, names.PAGE_BYTES_MAX)
+    rows = await db.fetch(statement, name, position, limit, names.PAGE_BYTES_MAX)
     if not rows:
         if start is not None and position > 0:
             raise _lost(name, 1, 0, 0)
         return Page([], names.format_cursor(0, 0), 0, closed=False)
-    _, head, trimmed, closed, content_type, head_at, total = rows[0][:7]
-    head_us = microseconds(head_at) if head_at is not None else 0
-    if start is None:
-        return Page([], names.format_cursor(head, head_us), head, closed)
-    found = [row_message(name, content_type, row[7:]) for row in rows if row[7] is not None]
-    own = found.pop(0) if found and found[0].position == position else None
-    verify(name, position, check, own, head, trimmed)
-    cut = len(found) > limit or (total is not None and total > len(rows))
-    messages = found[:limit]
-    if not cut:
-        cursor = names.format_cursor(head, head_us)  # all was considered, also what is void at the end
-    elif messages:
-        cursor = messages[-1].cursor
+    _, head, trimmed, closed, content_type, end, end_at, total = rows[0][:8]
+    if start is not None:
+        found = [row_message(name, content_type, row[8:]) for row in rows if row[8] is not None]
+        own = found.pop(0) if found and found[0].position == position else None
+        verify(name, position, check, own, head, trimmed)
     else:
-        cursor = after if isinstance(after, str) else names.format_cursor(position, 0)
-    return Page(messages, cursor, head, closed)
+        found, total = [], None
+    if total is not None and total > len(rows):
+        cursor = found[-1].cursor  # the bound on bytes came first
+    elif end is not None:
+        cursor = names.format_cursor(end, microseconds(end_at))  # all up to there was considered, also what is void
+    else:
+        cursor = names.format_cursor(trimmed, 0)  # nothing is kept
+    return Page(found, cursor, head, closed)
+
+
+async def read(db: Db, name: str, *, after: int | str = 0, limit: int = 100, view: str = "final") -> list[Message]:
+    """Messages; see Channel.read. More than one page where void output lies between them."""
+    names.check_limit(limit)
+    found: list[Message] = []
+    while True:
+        part = await page(db, name, after=after, limit=limit - len(found), view=view)
+        found += part.messages
+        if len(found) >= limit or int(part.cursor[:16]) >= part.head:
+            return found
+        after = part.cursor
 
 
 def verify(name: str, position: int, check: int | None, own: Message | None, head: int, trimmed: int) -> None:

@@ -157,7 +157,6 @@ SESSION: dict[str, str] = {
     "client_connection_check_interval": "500ms",  # a dead client's statement ends, and with it its locks
     "timezone": "UTC",
     "datestyle": "ISO",  # psycopg reads timestamps as text, in this style only
-    "enable_bitmapscan": "off",  # it reads all there is and sorts it, where an index gives the next page in its order
     "client_encoding": "UTF8",  # or text that the other encoding lacks could not be sent
 }
 # Not every platform that PostgreSQL runs on has these; a server that refuses them is asked again without.

@@ -82,37 +82,40 @@ CHANNEL_ID = "select c.id, c.content_type from pgchan.channels c where c.name = 
 
 # One page: the state of the channel on every row, and its messages from the reader's own position on. That row comes
 # along to be compared with the cursor: in the same statement, so no failover can fall between check and read. The left
-# join keeps the state where there is nothing to read. Bodies are bounded by their running size, which the window sums
-# up before any of them is fetched from TOAST. Positions are dense, so a page has an upper end. The planner is told it;
-# where most channels are short it would otherwise read a long one to its end, and sort it, for each page.
+# join keeps the state where there is nothing to read. Positions are dense, so a page of n messages is n positions: said
+# as a range, or the planner, which knows channels by their average length, reads a long one to its end for each page.
+# Bodies are bounded by their running size, which the window sums up before any of them is fetched from TOAST; total
+# tells how many rows there were before that bound. e is the last message of the range: it makes the cursor.
 PAGE_RAW = """
-select c.id, c.head, c.trimmed, c.closed_at is not null, c.content_type, h.at, m.total,
+select c.id, c.head, c.trimmed, c.closed_at is not null, c.content_type, e."position", e.at, m.total,
        m."position", m.at, m.kind, m.key, m.step, m.attempt, m.void_from, m.body
-from pgchan.channels c left join pgchan.messages h on h.channel_id = c.id and h."position" = c.head
+from pgchan.channels c
+left join pgchan.messages e
+  on e.channel_id = c.id and e."position" = least(c.head, greatest($2::bigint, c.trimmed) + $3::integer)
 left join lateral (
   select b.*, sum(octet_length(b.body)) over (order by b."position") as size,
          row_number() over (order by b."position") as n, count(*) over () as total
-  from (select * from pgchan.messages m
-        where m.channel_id = c.id and m."position" >= greatest($2::bigint, c.trimmed)
-          and m."position" < greatest($2::bigint, c.trimmed) + $3::integer
-        order by m."position" limit $3::integer) b) m on m.size <= $4::bigint or m.n <= 2
+  from pgchan.messages b
+  where b.channel_id = c.id and b."position" >= greatest($2::bigint, c.trimmed)
+    and b."position" <= greatest($2::bigint, c.trimmed) + $3::integer) m on m.size <= $4::bigint or m.n <= 2
 where c.name = $1::text order by m."position"
 """
-# total tells how many rows there were before that bound. h.at makes the cursor of the head.
-# The same without void output. The reader's own row is compared whether it has become void or not. How far a page goes
-# is not known beforehand here; enable_bitmapscan=off (db.SESSION) keeps the planner from reading to the end.
+# The same without void output, so a page may have fewer messages than positions. The reader's own row is compared
+# whether it has become void or not.
 PAGE_FINAL = """
-select c.id, c.head, c.trimmed, c.closed_at is not null, c.content_type, h.at, m.total,
+select c.id, c.head, c.trimmed, c.closed_at is not null, c.content_type, e."position", e.at, m.total,
        m."position", m.at, m.kind, m.key, m.step, m.attempt, m.void_from, m.body
-from pgchan.channels c left join pgchan.messages h on h.channel_id = c.id and h."position" = c.head
+from pgchan.channels c
+left join pgchan.messages e
+  on e.channel_id = c.id and e."position" = least(c.head, greatest($2::bigint, c.trimmed) + $3::integer)
 left join lateral (
   select b.*, sum(octet_length(b.body)) over (order by b."position") as size,
          row_number() over (order by b."position") as n, count(*) over () as total
-  from (select * from pgchan.messages m where m.channel_id = c.id and m."position" = $2::bigint
+  from (select * from pgchan.messages o where o.channel_id = c.id and o."position" = $2::bigint
         union all
-        (select * from pgchan.final_messages m
-         where m.channel_id = c.id and m."position" > greatest($2::bigint, c.trimmed)
-         order by m."position" limit $3::integer)) b) m on m.size <= $4::bigint or m.n <= 2
+        select * from pgchan.final_messages f
+        where f.channel_id = c.id and f."position" > greatest($2::bigint, c.trimmed)
+          and f."position" <= greatest($2::bigint, c.trimmed) + $3::integer) b) m on m.size <= $4::bigint or m.n <= 2
 where c.name = $1::text order by m."position"
 """
 
