@@ -26,7 +26,7 @@ import asyncpg
 from pgchan import db, errors, sql
 from pgchan.db import Entry, Known, Outcome, Row
 from pgchan.names import POSITION_MAX
-from pgchan.wakeups import LISTEN_NAMES, MOVED_BYTES_MAX, MOVED_MESSAGES_MAX, SWEEP_SECONDS, Followed, Hub, Watch
+from pgchan.wakeups import LISTEN_NAMES, SWEEP_SECONDS, Followed, Hub, Watch
 from pgchan.writer import Batch, Queued, Settle, Waiting
 
 CONNECT_SECONDS = 5.0  # for one try
@@ -75,7 +75,7 @@ class AsyncpgDb:
     async def connect(self, role: str, *, direct: bool = False) -> Connection:
         """A connection of pgchan's own for one purpose; direct: to control_dsn, past a pooler."""
         dsn = self._control_dsn if direct and self._control_dsn else self.dsn
-        settings = {**db.SESSION, "application_name": f"{self._name} {role}"}
+        settings = {**db.settings(role), "application_name": f"{self._name} {role}"}
         pooled = self._pooled and not (direct and self._control_dsn)
         while True:
             try:
@@ -716,13 +716,9 @@ class Listener:
                 await self._fetch(connection, sql.PING, self._ping_name)
 
     async def _read(self, connection: Connection) -> None:
-        while True:
-            ids, heads = self.hub.take_dirty()
-            if not ids:
-                return
+        while (read := self.hub.next_read()) is not None:
             self._db.stats["reads"] += 1
-            rows = await self._fetch(connection, sql.READ_MOVED, ids, heads, MOVED_MESSAGES_MAX, MOVED_BYTES_MAX)
-            self.hub.read(rows)
+            self.hub.read(await self._fetch(connection, read[0], *read[1]))
             if self.hub.fruitless:
                 return
 

@@ -159,6 +159,9 @@ SESSION: dict[str, str] = {
     "datestyle": "ISO",  # psycopg reads timestamps as text, in this style only
     "client_encoding": "UTF8",  # or text that the other encoding lacks could not be sent
 }
+# The connections that write and listen send the same few statements for ever: one plan each, made once, is enough. The
+# pool lends its connections to run.transaction(), whose statements are not ours to plan.
+DEDICATED: dict[str, str] = {"plan_cache_mode": "force_generic_plan"}
 # Not every platform that PostgreSQL runs on has these; a server that refuses them is asked again without.
 SESSION_OPTIONAL = ("client_connection_check_interval",)
 
@@ -182,9 +185,14 @@ def lock_wait(patience: float) -> int:
     return int(1000 * min(patience, 25.0))
 
 
-def session_options(settings: dict[str, str]) -> str:
+def settings(role: str) -> dict[str, str]:
+    """The settings of a connection that pgchan opens for this purpose."""
+    return {**SESSION, **DEDICATED} if role in ("writer", "listen") else dict(SESSION)
+
+
+def session_options(values: dict[str, str]) -> str:
     """Settings as libpq's `options`."""
-    return " ".join(f"-c {name}={value.replace(' ', chr(92) + ' ')}" for name, value in settings.items())
+    return " ".join(f"-c {name}={value.replace(' ', chr(92) + ' ')}" for name, value in values.items())
 
 
 def backoff(tries: int) -> float:

@@ -27,7 +27,7 @@ from pgchan import db, errors, sql
 from pgchan.db import Entry, Known, Outcome, Row
 from pgchan.model import Message
 from pgchan.names import POSITION_MAX
-from pgchan.wakeups import LISTEN_NAMES, MOVED_BYTES_MAX, MOVED_MESSAGES_MAX, SWEEP_SECONDS, Followed, Hub, Watch
+from pgchan.wakeups import LISTEN_NAMES, SWEEP_SECONDS, Followed, Hub, Watch
 from pgchan.writer import Batch, Queued, Waiting
 
 CONNECT_SECONDS = 5
@@ -112,7 +112,7 @@ class PsycopgDb:
         """A connection of pgchan's own for one purpose; direct: to control_dsn, past a pooler."""
         dsn = self._control_dsn if direct and self._control_dsn else self.dsn
         pooled = self._pooled and not (direct and self._control_dsn)
-        settings = dict(db.SESSION)
+        settings = db.settings(role)
         while True:
             options: dict[str, Any] = {} if pooled else {"options": db.session_options(settings)}
             try:
@@ -629,11 +629,11 @@ class Listener:
                 self.hub.looked_up(rows)
         while True:
             with self.changed:
-                ids, heads = self.hub.take_dirty()
-            if not ids:
+                read = self.hub.next_read()
+            if read is None:
                 return
             self._db.stats["reads"] += 1
-            rows = connection.execute(sql.READ_MOVED, (ids, heads, MOVED_MESSAGES_MAX, MOVED_BYTES_MAX)).fetchall()
+            rows = connection.execute(*read).fetchall()
             with self.changed:
                 self.hub.read(rows)
             if self.hub.fruitless:

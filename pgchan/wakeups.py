@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
+from pgchan import sql
 from pgchan.channels import row_message
 from pgchan.db import Row
 from pgchan.model import Message, microseconds
@@ -31,6 +32,8 @@ BUFFER_MESSAGES_MAX = 1_000  # per followed channel; with the bytes below it bou
 BUFFER_BYTES_MAX = 1 << 20
 MOVED_MESSAGES_MAX = 500  # per channel and read
 MOVED_BYTES_MAX = 1 << 20
+MOVED_FEW = 8  # of a single channel, without a bound on bytes: 8 MiB at most
+_NO_CHANNEL = (None, None, None)
 CHANGED = -1  # a hint's head: something else than messages has changed
 
 
@@ -112,6 +115,8 @@ class Hub:
         self._queues: dict[int, list[Callable[[], None]]] = {}
         self.look_up = False  # whether names without a channel should be looked up
         self._look_up_hinted = False  # whether a hint, not a sweep, asks for that
+        self._reading: list[int] = []  # the channels of the read that is under way
+        self._behind = False  # the last read left something over
         self.fruitless = 0  # reads in a row that found nothing: hints that were invented, or late
 
     # -- who is interested
@@ -224,23 +229,34 @@ class Hub:
             self.fruitless += 1
         self._look_up_hinted = False
 
-    def take_dirty(self) -> tuple[list[int], list[int]]:
-        """The channels to read and the last position that each has; they are clean from here on."""
+    def next_read(self) -> tuple[str, tuple[object, ...]] | None:
+        """The statement that reads what is dirty, and its arguments; clean from here on. None: nothing is.
+
+        A single channel is read in a plain way that costs half, but only a few messages of it, because nothing bounds
+        their bytes. If there are more, it stays dirty and the next read has all bounds.
+        """
         dirty, self._dirty = self._dirty, {}
-        return list(dirty), [followed.head for followed in dirty.values()]
+        if not dirty:
+            return None
+        self._reading = list(dirty)
+        heads = [followed.head for followed in dirty.values()]
+        if len(dirty) == 1 and not self._behind:
+            return sql.READ_ONE, (self._reading[0], heads[0], MOVED_FEW)
+        return sql.READ_MOVED, (self._reading, heads, MOVED_MESSAGES_MAX, MOVED_BYTES_MAX)
 
     def read(self, rows: Iterable[Row]) -> None:
-        """Take in rows of sql.READ_MOVED, which come in order of channel and position."""
+        """Take in what the statement returned, in order of channel and position."""
         found = False
-        by_channel: dict[int, list[Row]] = {}
+        by_channel: dict[int, list[Row]] = {id: [] for id in self._reading}
         for row in rows:
             by_channel.setdefault(row[0], []).append(row)
         for channel_id, group in by_channel.items():
             followed = self._by_id.get(channel_id)
             if followed is None:
                 continue
-            found = self._read_one(followed, group) or found
+            found = self._read_one(followed, group or [_NO_CHANNEL]) or found
         self.fruitless = 0 if found else self.fruitless + 1
+        self._behind = bool(self._dirty)
 
     def _read_one(self, followed: Followed, group: list[Row]) -> bool:
         _, head, closed = group[0][:3]

@@ -124,16 +124,19 @@ class Batch:
             if outcome.word == "locked" or (outcome.word == "blocked" and queued.entry.owner in owners)
         ]
 
-    def arguments(self) -> tuple[list[Any], ...]:
+    def arguments(self) -> tuple[list[Any] | None, ...]:
         """The 15 arrays of `pgchan.append`."""
         groups = [group.entry for group in self._groups.values()]
         entries = [queued.entry for queued in self.queued]
+        ids = [g.channel_id for g in groups]
+        is_new = None in ids
         return (
-            [g.channel_id for g in groups], [g.name for g in groups], [g.content_type for g in groups],
-            [g.fence for g in groups], [g.owner for g in groups], [g.count for g in self._groups.values()],
-            [g.inbox for g in self._groups.values()],
-            self._slots, self._nths, [e.kind for e in entries], [e.key for e in entries], [e.step for e in entries],
-            [e.attempt for e in entries], [e.void_from for e in entries], [e.body for e in entries],
+            ids, [g.name for g in groups] if is_new else None, [g.content_type for g in groups] if is_new else None,
+            _or_null([g.fence for g in groups]), _or_null([g.owner for g in groups]),
+            [g.count for g in self._groups.values()], _or_null([g.inbox for g in self._groups.values()]),
+            self._slots, self._nths, [e.kind for e in entries], _or_null([e.key for e in entries]),
+            _or_null([e.step for e in entries]), _or_null([e.attempt for e in entries]),
+            _or_null([e.void_from for e in entries]), [e.body for e in entries],
         )  # fmt: skip
 
     def outcomes(self, row: Row) -> list[Outcome]:
@@ -258,6 +261,11 @@ class Waiting:
         self._queued.clear()
         self._size = 0
         return everything
+
+
+def _or_null(values: list[Any]) -> list[Any] | None:
+    """Null for an array of nulls: `append` takes one for the other, and neither side has to spell it out."""
+    return values if any(value is not None for value in values) else None
 
 
 def _lane(entry: Entry) -> int | str:

@@ -221,7 +221,6 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   busy bigint[] := '{}';
   unborn boolean := false;  -- whether a transaction that is still open is making one of these channels
-  alone boolean := false;  -- whether this is one channel, with nothing to be judged
   one record;
 begin
   perform pgchan.force_durability();
@@ -264,24 +263,26 @@ begin
   -- The next position comes from the channel's row, never from max(position): a statement that waits for a lock keeps
   -- the snapshot it took before waiting, so max() is stale and two publishers collide. The lock is taken in a statement
   -- of its own; the next one sees what it waited for. It lasts until commit, which puts positions in commit order.
-  if cardinality(ids) = 1 and ids[1] is not null then
-    -- One known channel, the usual batch of a single publisher: a lock that is free needs no time limit around it.
+  if cardinality(ids) = 1 and ids[1] is not null and coalesce(cardinality(array_remove(keys, null)), 0) = 0 then
+    -- One known channel and no keys, the usual batch of a single publisher. If nobody has the lock and nothing refuses
+    -- the batch, it takes two plain statements; everything else is told apart below.
     perform from pgchan.channels c where c.id = ids[1] for no key update skip locked;
-    alone := found;
-  end if;
-  if not alone then
-    busy := pgchan.lock_channels(channel_ids, lock_wait);
-  end if;
-  at := clock_timestamp();  -- after the lock, so that it does not run backwards within a channel
-  begin
-    if alone then
-      -- What refuses it is told apart below; nothing does as a rule, and one plain update costs half of judging.
+    if found then
       update pgchan.channels c set head = c.head + counts[1], inbox = greatest(c.inbox, inboxes[1])
         where c.id = ids[1] and c.closed_at is null and (fences[1] is null or fences[1] = c.epoch)
         returning array[c.head - counts[1]], array[c.head], array['appended'] into bases, heads, outcomes;
-      alone := found;
+      if found then
+        at := clock_timestamp();
+        insert into pgchan.messages (channel_id, "position", at, kind, step, attempt, void_from, body)
+          select ids[1], bases[1] + e.nth, append.at, e.kind, e.step, e.attempt, e.void_from, e.body
+          from unnest(nths, kinds, steps, attempts, voids, bodies) e (nth, kind, step, attempt, void_from, body);
+        return;
+      end if;
     end if;
-    if not alone then
+  end if;
+  busy := pgchan.lock_channels(channel_ids, lock_wait);
+  at := clock_timestamp();  -- after the lock, so that it does not run backwards within a channel
+  begin
     with judged as (
       select g.*, c.head,
         case when c.id is null then case when g.given is null and unborn then 'locked' else 'missing' end
@@ -304,7 +305,6 @@ begin
            array_agg(case when d.decision = 'appended' then d.head + d.n end order by d.slot),
            array_agg(d.decision order by d.slot)
       into bases, heads, outcomes from decided d;
-    end if;
     -- A key is recognised for as long as its message is kept, also on a channel that was closed since.
     if 'closed' = any (outcomes) and exists (
         select from unnest(slots, keys) e (slot, key) where e.key is not null and outcomes[e.slot] = 'closed') then
