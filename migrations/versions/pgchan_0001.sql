@@ -223,7 +223,9 @@ declare
   unborn boolean := false;  -- whether a transaction that is still open is making one of these channels
   one record;
 begin
-  perform pgchan.force_durability();
+  if current_setting('synchronous_commit') in ('off', 'local', 'remote_write') then
+    perform set_config('synchronous_commit', 'on', true);  -- force_durability, without the call
+  end if;
   created := false;
   channel_ids := ids;
   if array_position(ids, null) is not null then
@@ -266,18 +268,21 @@ begin
   if cardinality(ids) = 1 and ids[1] is not null and coalesce(cardinality(array_remove(keys, null)), 0) = 0 then
     -- One known channel and no keys, the usual batch of a single publisher. If nobody has the lock and nothing refuses
     -- the batch, it takes two plain statements; everything else is told apart below.
-    perform from pgchan.channels c where c.id = ids[1] for no key update skip locked;
+    update pgchan.channels c set head = c.head + counts[1], inbox = greatest(c.inbox, inboxes[1])
+      where c.id = (select k.id from pgchan.channels k where k.id = ids[1] for no key update skip locked)
+        and c.closed_at is null and (fences[1] is null or fences[1] = c.epoch)
+      returning array[c.head - counts[1]], array[c.head], array['appended'] into bases, heads, outcomes;
     if found then
-      update pgchan.channels c set head = c.head + counts[1], inbox = greatest(c.inbox, inboxes[1])
-        where c.id = ids[1] and c.closed_at is null and (fences[1] is null or fences[1] = c.epoch)
-        returning array[c.head - counts[1]], array[c.head], array['appended'] into bases, heads, outcomes;
-      if found then
-        at := clock_timestamp();
+      at := clock_timestamp();
+      if cardinality(bodies) = 1 then
+        insert into pgchan.messages (channel_id, "position", at, kind, step, attempt, void_from, body)
+          values (ids[1], heads[1], append.at, kinds[1], steps[1], attempts[1], voids[1], bodies[1]);
+      else
         insert into pgchan.messages (channel_id, "position", at, kind, step, attempt, void_from, body)
           select ids[1], bases[1] + e.nth, append.at, e.kind, e.step, e.attempt, e.void_from, e.body
           from unnest(nths, kinds, steps, attempts, voids, bodies) e (nth, kind, step, attempt, void_from, body);
-        return;
       end if;
+      return;
     end if;
   end if;
   busy := pgchan.lock_channels(channel_ids, lock_wait);
