@@ -620,8 +620,10 @@ class Listener:
                 rows = await self._db.fetch(sql.FOLLOW, [name])
             except BaseException:
                 follow.unfollow()
+                self.hub.looked_up((), fresh=True)
                 raise
-            self.hub.looked_up(rows, fresh=True)
+            if self.hub.looked_up(rows, fresh=True):
+                self._wake.set()
         return follow
 
     def poke(self) -> None:

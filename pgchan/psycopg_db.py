@@ -271,6 +271,8 @@ class PsycopgDb:
                 rows = await self.fetch(sql.FOLLOW, [name])
             except BaseException:
                 follow.unfollow()
+                with self.listener.changed:
+                    self.listener.hub.looked_up((), fresh=True)
                 raise
             with self.listener.changed:
                 self.listener.hub.looked_up(rows, fresh=True)

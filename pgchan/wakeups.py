@@ -32,6 +32,7 @@ BUFFER_MESSAGES_MAX = 1_000  # per followed channel; with the bytes below it bou
 BUFFER_BYTES_MAX = 1 << 20
 MOVED_MESSAGES_MAX = 500  # per channel and read
 MOVED_BYTES_MAX = 1 << 20
+EARLY_MAX = 10_000  # channels that are remembered while new followers are looked up; the sweep covers the rest
 MOVED_FEW = 8  # of a single channel, without a bound on bytes: 8 MiB at most
 _NO_CHANNEL = (None, None, None)
 CHANGED = -1  # a hint's head: something else than messages has changed
@@ -115,6 +116,8 @@ class Hub:
         self._queues: dict[int, list[Callable[[], None]]] = {}
         self.look_up = False  # whether names without a channel should be looked up
         self._look_up_hinted = False  # whether a hint, not a sweep, asks for that
+        self._looking = 0  # new followers whose channel is being looked up
+        self._early: set[int] = set()  # channels that were heard of meanwhile, and not known yet
         self._reading: list[int] = []  # the channels of the read that is under way
         self._behind = False  # the last read left something over
         self.fruitless = 0  # reads in a row that found nothing: hints that were invented, or late
@@ -127,6 +130,7 @@ class Hub:
         fresh = followed is None
         if followed is None:
             followed = self._by_name[name] = Followed(name)
+            self._looking += 1
         followed.followers += 1
         return followed, fresh
 
@@ -188,7 +192,10 @@ class Hub:
             if head > watch.known or head == CHANGED:
                 watch.changed()
         followed = self._by_id.get(channel_id)
-        if followed is not None and (head > followed.head or head == CHANGED):
+        if followed is None:
+            if self._looking and len(self._early) < EARLY_MAX:
+                self._early.add(channel_id)
+        elif head > followed.head or head == CHANGED:
             self._dirty[channel_id] = followed
 
     def everything_moved(self) -> None:
@@ -207,8 +214,12 @@ class Hub:
         self.look_up = False
         return [followed.name for followed in self._by_name.values() if followed.id is None]
 
-    def looked_up(self, rows: Iterable[Row], *, fresh: bool = False) -> None:
-        """Take in rows of sql.FOLLOW. fresh: followers that stand nowhere yet, so the buffer starts at the head."""
+    def looked_up(self, rows: Iterable[Row], *, fresh: bool = False) -> bool:
+        """Take in rows of sql.FOLLOW; True if there is something to read now.
+
+        fresh: the answer for a new follower, which stands nowhere yet, so the buffer starts at the head. What was heard
+        of its channel between the question and this answer may be newer, so it is read at once.
+        """
         found = fresh
         for name, channel_id, head, head_at, closed, content_type in rows:
             followed = self._by_name.get(name)
@@ -219,15 +230,22 @@ class Hub:
             self._by_id[channel_id] = followed
             if fresh:
                 followed.stand_at(head, microseconds(head_at) if head_at is not None else 0)
+                if channel_id in self._early:
+                    self._dirty[channel_id] = followed
             else:
                 followed.stand_at(0, 0)  # it was waited for: all of it is news
                 self._dirty[channel_id] = followed
             self._tell(followed)
+        if fresh:
+            self._looking -= 1
+            if not self._looking:
+                self._early.clear()
         if found:
             self.fruitless = 0
         elif self._look_up_hinted:
             self.fruitless += 1
         self._look_up_hinted = False
+        return bool(self._dirty)
 
     def next_read(self) -> tuple[str, tuple[object, ...]] | None:
         """The statement that reads what is dirty, and its arguments; clean from here on. None: nothing is.
