@@ -1,7 +1,7 @@
 """A server process with worker processes beside it, all of which end together.
 
-The server is uvicorn. Workers are processes of their own, so that a busy one slows nobody else; one that ends by
-itself is started again. SIGTERM or SIGINT stops the server, then the workers, which drain.
+The server is that of pgchan.server.serve. Workers are processes of their own, so that a busy one slows nobody else; one
+that ends by itself is started again. SIGTERM or SIGINT stops the server, then the workers, which drain.
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import signal
 import sys
 from contextlib import suppress
 from typing import Any
 
 from pgchan.errors import InvalidInput
 
-OPEN_STREAMS_SECONDS = 5  # for streams to be told that the server stops, before they are cut
 WORKER_STOP_SECONDS = 20  # a worker's own drain is 10 s; what still runs then is killed, and taken over elsewhere
 RESTART_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # before a worker that ended by itself is started again
 
@@ -31,9 +29,6 @@ def main(found: Any, target: str, *, host: str, port: int, workers: int, insecur
     Raises InvalidInput.
     """
     app = _app(found, target, host=host, workers=workers, insecure=insecure)
-    # uvicorn ends by raising the signal that stopped it once more; a drain is a success.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
     return asyncio.run(_run(app, target, host, port, workers))
 
 
@@ -65,10 +60,9 @@ def _is_loopback(host: str) -> bool:
 
 
 async def _run(app: Any, target: str, host: str, port: int, workers: int) -> int:
-    import uvicorn
+    from pgchan.server.serve import Server, config
 
-    config = uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=OPEN_STREAMS_SECONDS)
-    server = uvicorn.Server(config)
+    server = Server(config(app, host, port, log_level="info"))
     keepers = [asyncio.create_task(_keep_worker(target, server)) for _ in range(workers)]
     try:
         await server.serve()

@@ -186,7 +186,8 @@ class Run:
         wait=True returns the stored message when it is durable. wait=False returns None as soon as it is handed to the
         writer (it waits only when too much is on its way); it is durable with the step's result at the latest.
         In a step the message carries the step's name and attempt; if the step has to be tried again, it becomes void
-        unless that try asks for previous(). Outside of a step it is published once, however often the run is replayed.
+        unless that try asks for previous(). Outside of a step it is published once, however often the run is replayed;
+        the order of the calls is its identity, so in parallel branches publish within steps.
         Within run.transaction() it goes with the transaction's commit, and this returns None.
         Raises InvalidInput, Fenced.
         """
