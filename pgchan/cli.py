@@ -166,7 +166,11 @@ def doctor(dsn: str | None, as_json: bool) -> None:
     from pgchan.doctor import check
 
     findings = asyncio.run(check(dsn))
-    console.print_rows(findings, as_json)
+    if as_json:
+        console.print_rows(findings, as_json)
+    else:  # in full: the end of a line is what to do
+        for finding in findings:
+            click.echo(f"{'fine' if finding.is_fine else 'NOT FINE'}\t{finding.check}: {finding.detail}")
     if not all(finding.is_fine for finding in findings):
         raise click.exceptions.Exit(1)
 

@@ -87,7 +87,7 @@ async def _listening(database: AsyncpgDb) -> Finding:
         raise translate(error, writing=False) from error
     if heard.is_set():
         return Finding("wakeups", True, "a NOTIFY is heard")
-    return Finding("wakeups", False, "LISTEN hears nothing; give control_dsn, a direct connection past any pooler")
+    return Finding("wakeups", False, "no NOTIFY is heard; give control_dsn, a direct connection past any pooler")
 
 
 async def _weather(database: AsyncpgDb) -> list[Finding]:
@@ -96,9 +96,9 @@ async def _weather(database: AsyncpgDb) -> list[Finding]:
     findings = []
     if usage >= NOTIFY_USAGE:
         detail = f"{usage:.0%} full; a session that LISTENs is stuck in a transaction, end it"
-        findings.append(Finding("notify queue", False, detail))
+        findings.append(Finding("queue of notifies", False, detail))
     else:
-        findings.append(Finding("notify queue", True, f"{usage:.0%} full"))
+        findings.append(Finding("queue of notifies", True, f"{usage:.0%} full"))
     if seconds is not None and seconds > SNAPSHOT_SECONDS:
         detail = f"session {pid} has held a snapshot for {seconds:.0f} s, which slows hot channels; end its transaction"
         findings.append(Finding("old snapshot", False, detail))
