@@ -44,7 +44,7 @@ class Followed:
 
     id: None until the channel exists. head, head_us: the last message read and its time, 0 if that is not known; base,
     base_us: where the buffer begins (its first message is base + 1). version: counts what happened, so that a reader
-    can wait for more.
+    can wait for more. hinted: the highest head that was announced; a hint, and no more.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Followed:
     is_closed: bool = False
     followers: int = 0
     version: int = 0
+    hinted: int = 0
     buffer: deque[Message] = field(default_factory=deque)
 
     def recent(self, after: int, after_us: int | None) -> list[Message] | None:
@@ -196,6 +197,7 @@ class Hub:
             if self._looking and len(self._early) < EARLY_MAX:
                 self._early.add(channel_id)
         elif head > followed.head or head == CHANGED:
+            followed.hinted = max(head, followed.hinted)
             self._dirty[channel_id] = followed
 
     def everything_moved(self) -> None:
@@ -250,15 +252,15 @@ class Hub:
     def next_read(self) -> tuple[str, tuple[object, ...]] | None:
         """The statement that reads what is dirty, and its arguments; clean from here on. None: nothing is.
 
-        A single channel is read in a plain way that costs half, but only a few messages of it, because nothing bounds
-        their bytes. If there are more, it stays dirty and the next read has all bounds.
+        A single channel that was announced with a few messages is read in a plain way that costs half and reads no more
+        than so many, because nothing bounds their bytes. If there are more, the next read has all bounds.
         """
         dirty, self._dirty = self._dirty, {}
         if not dirty:
             return None
         self._reading = list(dirty)
         heads = [followed.head for followed in dirty.values()]
-        if len(dirty) == 1 and not self._behind:
+        if len(dirty) == 1 and not self._behind and 0 < dirty[self._reading[0]].hinted - heads[0] <= MOVED_FEW:
             return sql.READ_ONE, (self._reading[0], heads[0], MOVED_FEW)
         return sql.READ_MOVED, (self._reading, heads, MOVED_MESSAGES_MAX, MOVED_BYTES_MAX)
 
@@ -327,6 +329,7 @@ class Hub:
         assert followed.id is not None
         self._by_id.pop(followed.id, None)
         followed.id = None
+        followed.hinted = 0
         followed.is_closed = False
         followed.stand_at(0, 0)
         self.look_up = True

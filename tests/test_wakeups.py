@@ -64,14 +64,16 @@ def test_memory_is_bounded_and_what_fell_out_is_read_from_the_table() -> None:
     assert followed.recent(followed.base, None) is not None
 
 
-def test_more_than_a_few_messages_are_read_with_all_bounds_the_next_time() -> None:
+def test_more_than_a_few_messages_are_read_with_all_bounds() -> None:
     hub, _ = hub_with()
     hub.heard("pgchan_1", "17:100")
-    assert hub.next_read() is not None
-    hub.read([row(17, 100, n) for n in range(1, MOVED_FEW + 1)])
+    many = hub.next_read()
+    hub.heard("pgchan_1", "17:2")
+    few = hub.next_read()
+    hub.read([row(17, 100, n) for n in range(1, MOVED_FEW + 1)])  # more than was announced
     again = hub.next_read()
-    assert again is not None
-    assert again[0] is sql.READ_MOVED
+    assert many and few and again
+    assert [many[0], few[0], again[0]] == [sql.READ_MOVED, sql.READ_MOVED, sql.READ_MOVED]
 
 
 def test_a_channel_that_is_gone_is_waited_for_again() -> None:
