@@ -24,7 +24,7 @@ $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	@touch $@
 
 demo: $(VENV)/.installed-demo
-	@$(BIN)/pgchan demo
+	@$(BIN)/pgchan demo $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

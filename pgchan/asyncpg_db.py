@@ -237,6 +237,8 @@ class AsyncpgDb:
                 if not isinstance(failed, errors.Unavailable):
                     raise failed from error
             tries += 1
+            if tries == 1:
+                log.warning("%s; trying for %g s", failed, self._patience)
             pause = db.backoff(tries)
             if time.monotonic() + pause > until:
                 raise failed
@@ -790,6 +792,8 @@ def translate(error: BaseException, *, writing: bool) -> errors.Error:
     # Both are raised before anything was sent; the second by a connection that has read the server's farewell.
     if isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError):
         return db.translate(None, "", None, writing=False)
+    if not writing:
+        return db.unreachable("timeout" if isinstance(error, TimeoutError) else str(error))
     return db.translate(None, "", None, writing=writing)
 
 

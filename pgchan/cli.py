@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,12 +26,15 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+PATIENCE_SECONDS = 5.0  # a person at a terminal wants to know sooner than a program
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that the arguments (else those of the process) name, and return the exit status."""
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")  # a terminal that knows no UTF-8 must not stop us
+    logging.getLogger("pgchan").addHandler(logging.NullHandler())  # an error is one line; `worker` and `serve` say more
     try:
         # Not click's own main(): that has other ideas about exit statuses and closed pipes.
         with commands.make_context("pgchan", list(sys.argv[1:] if arguments is None else arguments)) as context:
@@ -121,6 +125,7 @@ def worker(target: str) -> None:
     found = console.load(target)
     if not isinstance(found, Worker):
         raise InvalidInput(f"{target!r} is a {type(found).__name__}; name a pgchan.Worker, as module:attribute")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     asyncio.run(found.run())
 
 
@@ -339,7 +344,7 @@ def _client(dsn: str | None) -> contextlib.closing[Client]:
     """A client that connects on first use, so that what is wrong with the input is said first."""
     from pgchan import Client
 
-    return contextlib.closing(Client(dsn))
+    return contextlib.closing(Client(dsn, timeout=PATIENCE_SECONDS))
 
 
 if __name__ == "__main__":

@@ -239,6 +239,25 @@ def check_version(found: str) -> None:
         )  # fmt: skip
 
 
+# What the network, or libpq, says, and what it means. Its own text names hosts and ports, so it is not passed on.
+_REASONS = {
+    "refused": "nothing listens at that host and port",
+    "connect call failed": "nothing listens at that host and port",
+    "timeout": "no answer",
+    "timed out": "no answer",
+    "translate host name": "the host name is not known",
+    "name or service not known": "the host name is not known",
+    "name resolution": "the host name is not known",
+    "no such file": "there is no such socket",
+}
+
+
+def unreachable(text: str) -> errors.Unavailable:
+    """Unavailable, with the reason as far as the text of a failed connection tells it."""
+    reason = next((reason for words, reason in _REASONS.items() if words in text.lower()), "")
+    return errors.Unavailable("the database cannot be reached" + (f": {reason}; check the DSN" if reason else ""))
+
+
 def translate(sqlstate: str | None, message: str, hint: str | None, *, writing: bool) -> errors.Error:
     """The error of the tree for a driver's error on a connection of pgchan's own.
 
@@ -265,7 +284,7 @@ def translate(sqlstate: str | None, message: str, hint: str | None, *, writing: 
         return errors.Indefinite(
             "the connection was lost before the answer came; perhaps it was written: retry with the same key"
         )
-    return errors.Unavailable("the database cannot be reached")
+    return unreachable("")
 
 
 def drive(coroutine: Coroutine[Any, Any, T]) -> T:

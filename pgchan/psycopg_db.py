@@ -214,6 +214,8 @@ class PsycopgDb:
                 if not isinstance(failed, errors.Unavailable):
                     raise failed from error
             tries += 1
+            if tries == 1:
+                log.warning("%s; trying for %g s", failed, self._patience)
             pause = db.backoff(tries)
             if time.monotonic() + pause > until:
                 raise failed
@@ -712,5 +714,5 @@ def _refused(error: psycopg.OperationalError) -> errors.Error:
     text = str(error)
     timed_out = isinstance(error, psycopg.errors.ConnectionTimeout)
     if timed_out or "FATAL:" not in text or any(words in text for words in _NOT_READY):
-        return errors.Unavailable("the database cannot be reached")
+        return db.unreachable("timeout" if timed_out else text)
     return errors.UnsafeDeployment("the server refused this user, password or database; check the DSN")

@@ -80,6 +80,7 @@ class Worker:
         self._claim_soon = asyncio.Event()
         self._inbox_soon = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._opening: asyncio.Future[None] | None = None
         self._warned: set[str] = set()
         self._threads = Threads()
         self._started = asyncio.Event()
@@ -102,6 +103,8 @@ class Worker:
 
     def _stop(self) -> None:
         self._stopping = True
+        if self._opening is not None:
+            self._opening.cancel()
         self._claim_soon.set()
 
     # -- the life of the worker
@@ -114,9 +117,8 @@ class Worker:
         loop = self._loop = asyncio.get_running_loop()
         handlers = self._handle_signals(loop) if signals else []  # first: nothing below may be left half done
         try:
-            db = self.client._use()
-            await db.open()
-            await db.listener.start()  # refuses a transaction pooler, before a lock is taken that would hold nothing
+            if not await self._opened():
+                return
             liveness = Liveness(
                 self.client.control_dsn, name=self.name, lease=self._lease, grace=self._grace,
                 on_held=self._from_thread(self._on_held), on_lost=self._from_thread(self._on_lost),
@@ -130,6 +132,19 @@ class Worker:
         finally:
             for number in handlers:
                 loop.remove_signal_handler(number)
+
+    async def _opened(self) -> bool:
+        """Connect; False if the worker was stopped before that was done."""
+        db = self.client._use()
+        self._opening = asyncio.ensure_future(db.open())
+        try:
+            await self._opening
+        except asyncio.CancelledError:
+            if not self._stopping:
+                raise
+            return False
+        await db.listener.start()  # refuses a transaction pooler, before a lock is taken that would hold nothing
+        return True
 
     async def _run(self, liveness: Liveness) -> None:
         db = self.client._use()
@@ -197,7 +212,7 @@ class Worker:
             if workflow not in self._warned:
                 self._warned.add(workflow)
                 log.warning(
-                    "%d runs of workflow %r are ready, but worker %s has no such workflow; they stay in their queue",
+                    "%d run(s) of workflow %r are ready, but worker %s has no such workflow; they stay in their queue",
                     count, workflow, self.name,
                 )  # fmt: skip
         await db.call(sql.EXPIRE)
@@ -413,7 +428,7 @@ class Worker:
         await self._finish(attempt, "succeeded", body, None)
 
     async def _fail(self, attempt: Attempt, error: BaseException) -> None:
-        log.info("run %s failed: %s", attempt.claimed.run, type(error).__name__)
+        log.warning("run %s failed", attempt.claimed.run, exc_info=error)
         with contextlib.suppress(errors.Error):
             await attempt.flushed()
         if attempt.over is None or attempt.over == "deadline":
