@@ -273,3 +273,17 @@ async def test_a_run_that_this_worker_claims_again_while_its_last_attempt_still_
     await handle.signal("b")
     assert await handle.result(5) == ["a", "b"]
     await wait_until(lambda: worker.running == 0)
+
+
+async def test_a_worker_that_cannot_connect_yet_can_be_stopped() -> None:
+    client = pgchan.AsyncClient("postgresql://me@127.0.0.1:1/nowhere", timeout=60)
+
+    @pgchan.workflow
+    async def nothing(run: pgchan.Run) -> None: ...
+
+    worker = pgchan.Worker(client, [nothing])
+    task = asyncio.create_task(worker.run(signals=False))
+    await asyncio.sleep(0)
+    worker.stop()
+    await asyncio.wait_for(task, 5)
+    await client.close()
