@@ -400,9 +400,12 @@ class Writer:
             if batch is None:
                 self._busy = False
                 self._wake.clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._waiting.seconds_aside(time.monotonic())):
-                        await self._wake.wait()
+                if (aside := self._waiting.seconds_aside(time.monotonic())) is None:
+                    await self._wake.wait()
+                else:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(aside):
+                            await self._wake.wait()
                 continue
             self._busy = True
             if not self._waiting.is_full:
@@ -577,11 +580,12 @@ class Listener:
 
     def __init__(self, owner: AsyncpgDb) -> None:
         self._db = owner
-        self._waiters: dict[Followed, list[asyncio.Future[None]]] = {}
+        self._waiters: dict[Followed, list[asyncio.Future[bool]]] = {}  # the result: whether there is news
         self.hub = Hub(self._announce)
         self.state = "idle"
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
+        self._sweep_due = False
         self._listening = asyncio.Event()
         self._ping_name = f"pgchan_ping_{uuid.uuid4().hex[:16]}"
         self._ping_heard = True
@@ -634,20 +638,19 @@ class Listener:
 
     def _announce(self, followed: Followed) -> None:
         for future in self._waiters.pop(followed, ()):
-            if not future.done():
-                future.set_result(None)
+            _resolve(future, True)
 
     async def changed(self, followed: Followed, seconds: float) -> None:
         """Until the hub has news of the channel, or the time is over."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[bool] = loop.create_future()
         self._waiters.setdefault(followed, []).append(future)
+        timer = loop.call_later(seconds, _resolve, future, False)
         try:
-            async with asyncio.timeout(seconds):
-                await future
-        except TimeoutError:
-            pass
+            await future
         finally:
-            if not future.done() or future.cancelled():
+            timer.cancel()
+            if future.cancelled() or not future.result():
                 waiters = self._waiters.get(followed, [])
                 if future in waiters:
                     waiters.remove(future)
@@ -691,33 +694,45 @@ class Listener:
             self._wake.set()
 
     async def _pump(self, connection: Connection) -> None:
-        next_sweep = next_ping = time.monotonic() + SWEEP_SECONDS
-        while True:
-            if self.hub.fruitless >= 3:
-                await asyncio.sleep(0.05)  # hints that lead to nothing are read at 20 a second at most
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, min(next_sweep, next_ping) - time.monotonic())):
-                    await self._wake.wait()
-            self._wake.clear()
-            if connection.is_closed():
-                raise ConnectionError("closed")
-            if self.hub.look_up and (unknown := self.hub.unknown_names()):
-                self.hub.looked_up(await self._fetch(connection, sql.FOLLOW, unknown))
-            await self._read(connection)
-            now = time.monotonic()
-            if now >= next_sweep:
-                next_sweep = now + SWEEP_SECONDS
-                if unknown := self.hub.unknown_names():
+        loop = asyncio.get_running_loop()
+        next_ping = time.monotonic() + SWEEP_SECONDS
+        # One timer per sweep, however many hints come in between.
+        timer = loop.call_later(SWEEP_SECONDS, self._let_sweep)
+        try:
+            while True:
+                if self.hub.fruitless >= 3:
+                    await asyncio.sleep(0.05)  # hints that lead to nothing are read at 20 a second at most
+                await self._wake.wait()
+                self._wake.clear()
+                if connection.is_closed():
+                    raise ConnectionError("closed")
+                if self.hub.look_up and (unknown := self.hub.unknown_names()):
                     self.hub.looked_up(await self._fetch(connection, sql.FOLLOW, unknown))
-                if ids := self.hub.swept_ids():
-                    self.hub.swept(await self._fetch(connection, sql.SWEEP, ids))
                 await self._read(connection)
-            if now >= next_ping:
-                next_ping = now + PING_SECONDS
-                if not self._ping_heard:
-                    raise ConnectionError("the listener does not hear itself")
-                self._ping_heard = False
-                await self._fetch(connection, sql.PING, self._ping_name)
+                if not self._sweep_due:
+                    continue
+                self._sweep_due = False
+                timer = loop.call_later(SWEEP_SECONDS, self._let_sweep)
+                await self._sweep(connection)
+                if (now := time.monotonic()) >= next_ping:
+                    next_ping = now + PING_SECONDS
+                    if not self._ping_heard:
+                        raise ConnectionError("the listener does not hear itself")
+                    self._ping_heard = False
+                    await self._fetch(connection, sql.PING, self._ping_name)
+        finally:
+            timer.cancel()
+
+    def _let_sweep(self) -> None:
+        self._sweep_due = True
+        self._wake.set()
+
+    async def _sweep(self, connection: Connection) -> None:
+        if unknown := self.hub.unknown_names():
+            self.hub.looked_up(await self._fetch(connection, sql.FOLLOW, unknown))
+        if ids := self.hub.swept_ids():
+            self.hub.swept(await self._fetch(connection, sql.SWEEP, ids))
+        await self._read(connection)
 
     async def _read(self, connection: Connection) -> None:
         while (read := self.hub.next_read()) is not None:
@@ -795,6 +810,11 @@ def translate(error: BaseException, *, writing: bool) -> errors.Error:
     if not writing:
         return db.unreachable("timeout" if isinstance(error, TimeoutError) else str(error))
     return db.translate(None, "", None, writing=writing)
+
+
+def _resolve(future: asyncio.Future[bool], news: bool) -> None:
+    if not future.done():
+        future.set_result(news)
 
 
 def _settle(future: asyncio.Future[Outcome], outcome: Outcome | errors.Error) -> None:

@@ -251,11 +251,14 @@ class Tail:
         self._db = db
         self._name = name
         self._view = names.check_view(view)
-        self._after: int | str = after
         start = names.parse_after(after)
         self._position, self._check = start if start is not None else (-1, None)  # -1: "now" is not decided yet
         self._follow: Follow | None = None
-        self.cursor: str | None = after if isinstance(after, str) and after != "now" else None
+
+    @property
+    def cursor(self) -> str | None:
+        """Where this reader stands, as a token that can be verified; None while it has only a bare position."""
+        return None if self._check is None else names.format_cursor(self._position, self._check)
 
     async def next(self, wait: float = WAIT_SECONDS) -> list[Message] | None:
         """What comes next, never an empty page unless `wait` seconds are over; None at the channel's end.
@@ -267,20 +270,21 @@ class Tail:
             self._follow = await self._db.follow(self._name)
             if self._position < 0:
                 page_ = await page(self._db, self._name, after="now")
-                self._stand_at(page_.cursor)
+                self._stand_at(page_)
         until = self._db.monotonic() + wait
         while True:
             found = self._follow.recent(self._position, self._check)
             if found is None:
                 try:
                     page_ = await page(
-                        self._db, self._name, after=self._after, limit=TAIL_PAGE_MESSAGES, view=self._view
+                        self._db, self._name, after=self.cursor or self._position, limit=TAIL_PAGE_MESSAGES,
+                        view=self._view,
                     )  # fmt: skip
                 except errors.Unavailable:  # a tail that has begun outlasts any outage
                     if self._db.monotonic() >= until:
                         return []
                     continue
-                self._stand_at(page_.cursor)
+                self._stand_at(page_)
                 if page_.messages:
                     return page_.messages
                 if page_.closed and self._position == page_.head:
@@ -288,7 +292,7 @@ class Tail:
                 if self._follow.recent(self._position, self._check) is None:  # the hub is behind, or this reader lost
                     await self._db.wait(self._follow, self._position, min(1.0, max(0.0, until - self._db.monotonic())))
             elif found:
-                self._stand_at(found[-1].cursor)
+                self._position, self._check = found[-1].position, microseconds(found[-1].at)
                 return without_void(found) if self._view == "final" else found
             elif self._follow.is_closed:
                 return None
@@ -297,9 +301,8 @@ class Tail:
             if self._db.monotonic() >= until:
                 return []
 
-    def _stand_at(self, cursor: str) -> None:
-        self._after = self.cursor = cursor
-        start = names.parse_after(cursor)
+    def _stand_at(self, page: Page) -> None:
+        start = names.parse_after(page.cursor)
         assert start is not None
         self._position, self._check = start
 

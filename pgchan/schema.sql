@@ -130,6 +130,7 @@ create function pgchan.wake(ids bigint[], heads bigint[], created boolean defaul
 returns void language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   hint record;
+  told boolean;
 begin
   if pg_notification_queue_usage() >= 0.5 then
     return;
@@ -138,8 +139,8 @@ begin
     perform pg_notify('pgchan_new', '');
   end if;
   if cardinality(ids) = 1 then
-    if heads[1] is not null then
-      perform pg_notify('pgchan_' || mod(ids[1], 16), ids[1] || ':' || heads[1]);
+    if heads[1] is not null then  -- an expression, as in write
+      told := pg_notify('pgchan_' || mod(ids[1], 16), ids[1] || ':' || heads[1]) is null;
     end if;
   elsif cardinality(ids) > 1 then
     -- 190 hints of at most 40 bytes stay below the 8,000 bytes that a payload may have.
@@ -152,9 +153,11 @@ begin
       perform pg_notify('pgchan_' || hint.bucket, hint.payload);
     end loop;
   end if;
-  for hint in select distinct hashtext(q.name) as number from unnest(wake.queues) q (name) where q.name is not null loop
-    perform pg_notify('pgchan_queue', hint.number::text);
-  end loop;
+  if queues is not null then
+    for hint in select distinct hashtext(q.name) as number from unnest(wake.queues) q (name) where q.name is not null loop
+      perform pg_notify('pgchan_queue', hint.number::text);
+    end loop;
+  end if;
 end $$;
 
 -- ------------------------------------------------------------------------------------------------ append
@@ -200,7 +203,9 @@ end $$;
 -- the type a new channel gets and an existing one must have) · fences (the owner's epoch; null: anybody) · owners
 -- (groups of one owner are written together or not at all; null: on its own) · counts (entries) · inboxes (raise
 -- channels.inbox to this; null: leave it).
--- Per entry: slots (its group) · nths (1, 2, 3… within it) · kinds, keys, steps, attempts, voids, bodies.
+-- Per entry: slots (its group) · nths (1, 2, 3… within it) · kinds (null: all messages), keys, steps, attempts, voids,
+-- bodies. counts, slots and nths are null where there is but one entry. The arrays that are not needed are left out
+-- because of a single publish: each one costs both sides more than it looks.
 --
 -- Returns per group: channel_ids, heads (after the append; null where nothing was), outcomes, bases (position = base +
 -- nth). When a key of the batch is already stored, bases is null and the answer is per entry: positions, outcomes, ats.
@@ -228,6 +233,14 @@ begin
   end if;
   created := false;
   channel_ids := ids;
+  if counts is null then
+    counts := '{1}';
+    slots := '{1}';
+    nths := '{1}';
+  end if;
+  if kinds is null then
+    kinds := array_fill(0::smallint, array[cardinality(bodies)]);
+  end if;
   if array_position(ids, null) is not null then
     begin
       if lock_wait is not null then
@@ -265,7 +278,7 @@ begin
   -- The next position comes from the channel's row, never from max(position): a statement that waits for a lock keeps
   -- the snapshot it took before waiting, so max() is stale and two publishers collide. The lock is taken in a statement
   -- of its own; the next one sees what it waited for. It lasts until commit, which puts positions in commit order.
-  if cardinality(ids) = 1 and ids[1] is not null and coalesce(cardinality(array_remove(keys, null)), 0) = 0 then
+  if cardinality(ids) = 1 and ids[1] is not null and (keys is null or cardinality(array_remove(keys, null)) = 0) then
     -- One known channel and no keys, the usual batch of a single publisher. If nobody has the lock and nothing refuses
     -- the batch, it takes two plain statements; everything else is told apart below.
     update pgchan.channels c set head = c.head + counts[1], inbox = greatest(c.inbox, inboxes[1])
@@ -381,14 +394,21 @@ create procedure pgchan.write(
 language plpgsql as $$
 #variable_conflict use_variable
 declare
-  created boolean;
+  stored record;
+  told boolean;
 begin
-  select a.channel_ids, a.heads, a.bases, a.outcomes, a.at, a.positions, a.ats, a.created
-    into channel_ids, heads, bases, outcomes, at, positions, ats, created
-    from pgchan.append(ids, names, types, fences, owners, counts, inboxes,
-                       slots, nths, kinds, keys, steps, attempts, voids, bodies, lock_wait) a;
+  -- Assignments are evaluated as expressions; SELECT INTO and PERFORM would start an executor each, a tenth of the call.
+  stored := pgchan.append(ids, names, types, fences, owners, counts, inboxes,
+                          slots, nths, kinds, keys, steps, attempts, voids, bodies, lock_wait);
+  channel_ids := stored.channel_ids;
+  heads := stored.heads;
+  bases := stored.bases;
+  outcomes := stored.outcomes;
+  at := stored.at;
+  positions := stored.positions;
+  ats := stored.ats;
   commit;
-  perform pgchan.wake(channel_ids, heads, created);
+  told := pgchan.wake(channel_ids, heads, stored.created) is null;
 end $$;
 
 -- ------------------------------------------------------------------------------------------------ channels
@@ -748,8 +768,8 @@ $$;
 create function pgchan.append_one(channel bigint, kind integer, key text, step text, body bytea) returns bigint
 language sql security definer set search_path = pg_catalog, pg_temp as $$
   select a.heads[1] from pgchan.append(
-    array[channel], null, null, null, null, array[1], null,
-    array[1], array[1], array[kind::smallint], array[key], array[step], null, null, array[body]) a
+    array[channel], null, null, null, null, null, null,
+    null, null, array[kind::smallint], array[key], array[step], null, null, array[body]) a
 $$;
 
 -- Let a run leave memory until a signal, a child's end or wake_at. False if something that it waits for has already
@@ -826,8 +846,8 @@ begin
   end if;
   channel_id := target.channel_id;
   select * into stored from pgchan.append(
-    array[target.channel_id], null, null, null, null, array[1], null,
-    array[1], array[1], array[1::smallint], array[key], null, null, null, array[body]) a;
+    array[target.channel_id], null, null, null, null, null, null,
+    null, null, array[1::smallint], array[key], null, null, null, array[body]) a;
   outcome := stored.outcomes[1];
   "position" := coalesce(stored.positions[1], stored.bases[1] + 1);
   at := coalesce(stored.ats[1], stored.at);
@@ -1070,8 +1090,8 @@ begin
   perform pgchan.check_body(body, key);
   loop  -- missing: somebody deleted the channel between its look-up and its lock
     select * into stored from pgchan.append(
-      array[null::bigint], array[channel], array['application/json'], null, null, array[1], null,
-      array[1], array[1], array[0::smallint], array[key], null, null, null, array[convert_to(body::text, 'UTF8')]) a;
+      array[null::bigint], array[channel], array['application/json'], null, null, null, null,
+      null, null, null, array[key], null, null, null, array[convert_to(body::text, 'UTF8')]) a;
     exit when stored.outcomes[1] <> 'missing';
   end loop;
   case stored.outcomes[1]

@@ -125,18 +125,20 @@ class Batch:
         ]
 
     def arguments(self) -> tuple[list[Any] | None, ...]:
-        """The 15 arrays of `pgchan.append`."""
+        """The 15 arrays of `pgchan.append`, null where they would say nothing: neither side has to spell them out."""
         groups = [group.entry for group in self._groups.values()]
         entries = [queued.entry for queued in self.queued]
         ids = [g.channel_id for g in groups]
         is_new = None in ids
+        is_one = len(entries) == 1
         return (
             ids, [g.name for g in groups] if is_new else None, [g.content_type for g in groups] if is_new else None,
             _or_null([g.fence for g in groups]), _or_null([g.owner for g in groups]),
-            [g.count for g in self._groups.values()], _or_null([g.inbox for g in self._groups.values()]),
-            self._slots, self._nths, [e.kind for e in entries], _or_null([e.key for e in entries]),
-            _or_null([e.step for e in entries]), _or_null([e.attempt for e in entries]),
-            _or_null([e.void_from for e in entries]), [e.body for e in entries],
+            None if is_one else [g.count for g in self._groups.values()],
+            _or_null([g.inbox for g in self._groups.values()]),
+            None if is_one else self._slots, None if is_one else self._nths, _or_null([e.kind for e in entries], 0),
+            _or_null([e.key for e in entries]), _or_null([e.step for e in entries]),
+            _or_null([e.attempt for e in entries]), _or_null([e.void_from for e in entries]), [e.body for e in entries],
         )  # fmt: skip
 
     def outcomes(self, row: Row) -> list[Outcome]:
@@ -263,9 +265,12 @@ class Waiting:
         return everything
 
 
-def _or_null(values: list[Any]) -> list[Any] | None:
-    """Null for an array of nulls: `append` takes one for the other, and neither side has to spell it out."""
-    return values if any(value is not None for value in values) else None
+def _or_null(values: list[Any], nothing: Any = None) -> list[Any] | None:
+    """The values, unless all of them are `nothing`."""
+    for value in values:
+        if value != nothing:
+            return values
+    return None
 
 
 def _lane(entry: Entry) -> int | str:

@@ -352,6 +352,8 @@ async def test_a_primary_that_becomes_read_only_is_unavailable_until_there_is_on
     for setting in ("on", "off"):
         query(own.dsn, f"alter system set default_transaction_read_only = {setting}")
         query(own.dsn, "select pg_reload_conf()")
+        while query(own.dsn, "show default_transaction_read_only") != [(setting,)]:
+            await asyncio.sleep(0.01)  # what the postmaster gives to a new connection it has told all the others
         if setting == "on":
             with pytest.raises(errors.Unavailable):
                 await client.channel("c").publish(2, key="k")
