@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -345,15 +346,21 @@ async def test_a_tail_outlasts_an_outage_that_is_longer_than_the_patience_of_its
     assert late.positions == list(range(501, 1202))
 
 
-async def test_a_primary_that_becomes_read_only_is_unavailable_until_there_is_one_again(own: Door) -> None:
+def _read_only_is(dsn: str, setting: str) -> bool:
+    return query(dsn, "show default_transaction_read_only") == [(setting,)]
+
+
+async def test_a_primary_that_becomes_read_only_is_unavailable_until_there_is_one_again(
+    own: Door, wait_until: WaitUntil
+) -> None:
     client = own.client(timeout=0.4)
     await client.channel("c").publish(1)
     await client.channel("c").read()
     for setting in ("on", "off"):
         query(own.dsn, f"alter system set default_transaction_read_only = {setting}")
         query(own.dsn, "select pg_reload_conf()")
-        while query(own.dsn, "show default_transaction_read_only") != [(setting,)]:
-            await asyncio.sleep(0.01)  # what the postmaster gives to a new connection it has told all the others
+        # What the postmaster gives to a new connection it has told all the others.
+        await wait_until(partial(_read_only_is, own.dsn, setting))
         if setting == "on":
             with pytest.raises(errors.Unavailable):
                 await client.channel("c").publish(2, key="k")
