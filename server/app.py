@@ -19,9 +19,9 @@ from pgchan import AsyncClient, InvalidInput
 from pgchan.server.auth import ChannelAuth, Hook
 from pgchan.server.channels import channel_endpoint
 from pgchan.server.endpoint import Call, Endpoint, Site
+from pgchan.server.fanout import WIRE, Wire
 from pgchan.server.problems import Problem
 from pgchan.server.runs import json_answer, run_endpoint, run_endpoints, runs_endpoint
-from pgchan.server.sse import ABORT
 
 JAVASCRIPT = "text/javascript"
 STATIC = Path(__file__).parent / "static"
@@ -43,10 +43,11 @@ class App(Starlette):
         self.site.drain()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Under uvicorn `send` belongs to the connection; a stalled one can only be closed through its transport.
-        transport = getattr(getattr(send, "__self__", None), "transport", None)
-        if scope["type"] == "http" and transport is not None:
-            scope.setdefault("extensions", {})[ABORT] = transport.abort
+        # Middleware that somebody added may change what is sent, so nothing is written behind its back.
+        added: list[Any] = [middleware.cls for middleware in self.user_middleware]
+        is_bare = all(kind is CORSMiddleware for kind in added)
+        if (wire := Wire.of(scope, send, is_bare)) is not None:
+            scope.setdefault("extensions", {})[WIRE] = wire
         await super().__call__(scope, receive, send)
 
 

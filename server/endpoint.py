@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pgchan import AsyncClient, names
 from pgchan.server import auth as auths
 from pgchan.server import draining
+from pgchan.server.fanout import Fanouts
 from pgchan.server.problems import Problem, bad_request, forbidden, problem, unauthorized
 
 URL_BYTES_MAX = 8 << 10  # what browsers and proxies agree on
@@ -57,6 +58,7 @@ class Site:
         self.is_denied = auth is None
         self.allow_origins = frozenset(allow_origins)
         self.is_draining = False
+        self.fanouts = Fanouts()
         self._spans: set[Span] = set()
         self._looking: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -28,17 +28,17 @@ from starlette.types import Receive, Scope, Send
 
 from pgchan import AsyncChannel, HistoryLost, Message, Reset, Unavailable, names
 from pgchan.server.endpoint import LOOK_SECONDS, Call
+from pgchan.server.fanout import WIRE, WRITE_BYTES_MAX, Rider, Wire
 
 HEARTBEAT_SECONDS = 15.0  # of silence; proxies close what is silent for a minute
 STALL_SECONDS = 15.0  # for a client to take what was sent
 FIRST_SECONDS = 1.0  # for the database to answer, before the client is told that it has to wait
+WAIT_SECONDS = 60.0  # for news, before a stream that is alone tries to get on a fanout again
 AWAY_SECONDS = 1.0  # before a database that is away is asked again
-CHUNK_BYTES = 64 << 10  # of frames in one send: what a stalled client holds, beside what its socket took
 RETRY_MS = (1_000, 3_000)  # drawn for each connection, so that readers do not come back all at once
 
 HEARTBEAT = b": hb\n\n"
 WAITING = b": waiting\n\n"
-ABORT = "pgchan.abort"  # extension of the ASGI scope: closes the connection without waiting for the client
 
 _HEADERS = (
     (b"content-type", b"text/event-stream"),
@@ -68,11 +68,14 @@ class EventStream:
         self._span = call.span(self._look)
         self._is_open = False
         self._sent_at = 0.0
+        self._wire: Wire | None = None
+        self._rider: Rider | None = None
         self._sending_since: float | None = None
         self._beat: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._send = send
+        self._wire = scope.get("extensions", {}).get(WIRE)
         last = b""
         try:
             async with self._span:
@@ -89,17 +92,20 @@ class EventStream:
             self._tail.unfollow()
             if self._beat is not None:
                 self._beat.cancel()
-            if self._span.ended == "stalled":
+            if self._span.ended == "stalled" and self._wire is not None:
                 # To return without the last chunk closes the connection once the client has taken what it was sent.
-                scope.get("extensions", {}).get(ABORT, lambda: None)()
+                self._wire.abort()
 
     def _look(self, now: float) -> None:
         """Cut a client that takes nothing, give a sign of life to one that was sent nothing. Called every second."""
         if self._sending_since is not None:
             if now - self._sending_since > STALL_SECONDS:
                 self._span.end("stalled")
-        elif self._is_open and now - self._sent_at > HEARTBEAT_SECONDS - LOOK_SECONDS:
+        elif self._is_open and now - self._last_sent() > HEARTBEAT_SECONDS - LOOK_SECONDS:
             self._beat = asyncio.create_task(self._write(self._sign(HEARTBEAT)))
+
+    def _last_sent(self) -> float:
+        return max(self._sent_at, self._rider.sent_at if self._rider is not None else 0.0)
 
     async def _stream(self) -> bytes:
         """Send all there is and all that comes; returns the frame for the end."""
@@ -124,7 +130,10 @@ class EventStream:
             if found:
                 for chunk in in_chunks(frame(message) for message in found):
                     await self._write(chunk)
-            found = await self._next()
+                found = await self._next(0.0)
+            else:
+                await self._ride()
+                found = await self._next(WAIT_SECONDS)
         cursor = self._tail.cursor or self._cursor
         return _event("end", {"cursor": cursor}, cursor)
 
@@ -158,12 +167,26 @@ class EventStream:
         self._tail = self._channel.tail(after=self._cursor, view=self._view)
         return self._cursor
 
-    async def _next(self) -> list[Message] | None:
-        """The next page, which may be empty; None at the channel's end."""
+    async def _ride(self) -> None:
+        """With everything sent that there was, let the site's fanout send what comes, while it can."""
+        cursor = self._tail.cursor
+        if self._wire is None or not self._wire.is_bare or cursor is None:
+            return
+        self._rider = Rider(self._wire, cursor)
+        try:
+            await self._call.site.fanouts.ride(self._channel, self._view, self._rider, _frames)
+        finally:
+            self._sent_at, rider, self._rider = self._last_sent(), self._rider, None
+        if rider.cursor != cursor:
+            self._tail.unfollow()
+            self._tail = self._channel.tail(after=rider.cursor, view=self._view)
+
+    async def _next(self, wait: float) -> list[Message] | None:
+        """The next page, empty if none comes in `wait` seconds; None at the channel's end."""
         try:
             if self._cursor is None and (cursor := await self._place()) is not None:
                 await self._write(_id(cursor) + b"\n")
-            return await self._tail.next_page()
+            return await self._tail.next_page(wait)
         except Unavailable:
             await asyncio.sleep(AWAY_SECONDS)
         except Reset as reset:
@@ -199,12 +222,16 @@ def frame(message: Message) -> bytes:
     return found
 
 
+def _frames(messages: list[Message]) -> bytes:
+    return b"".join(map(frame, messages))
+
+
 def in_chunks(frames: Iterable[bytes]) -> Iterator[bytes]:
-    """Whole frames, joined up to CHUNK_BYTES."""
+    """Whole frames, joined up to WRITE_BYTES_MAX."""
     waiting: list[bytes] = []
     size = 0
     for each in frames:
-        if waiting and size + len(each) > CHUNK_BYTES:
+        if waiting and size + len(each) > WRITE_BYTES_MAX:
             yield b"".join(waiting)
             waiting, size = [], 0
         waiting.append(each)
