@@ -603,6 +603,12 @@ declare
   picked bigint[] := '{}';
   taken bigint[];
 begin
+  -- A wakeup reaches every worker of a queue. Those that come too late lock nothing, so they have nothing to commit.
+  if not exists (select from pgchan.runs r where r.state = 'scheduled' and r.wake_at is null
+                   and r.queue = any (queues) and r.workflow = any (claim.workflows))
+     and not exists (select from pgchan.runs r where r.wake_at <= clock_timestamp() and r.state in ('scheduled', 'waiting')) then
+    return;
+  end if;
   perform pgchan.force_durability();
   perform from pgchan.workers w where w.id = claim.worker for key share;
   if not found then

@@ -224,10 +224,12 @@ select r.workflow, count(*) from pgchan.runs r
 where r.state = 'scheduled' and r.wake_at is null and r.queue = any ($1::text[]) and r.workflow <> all ($2::text[])
 group by r.workflow order by r.workflow limit 100
 """
-# When the next timer is due, in seconds; what a worker sleeps until.
-NEXT_TIMER = """
-select extract(epoch from min(r.wake_at) - clock_timestamp())::double precision
-from pgchan.runs r where r.wake_at is not null and r.state in ('scheduled', 'waiting')
+# Whether a run of these queues and workflows is ready, and in how many seconds the next timer is due. A mere look.
+READY = """
+select exists (select from pgchan.runs r where r.state = 'scheduled' and r.wake_at is null
+                 and r.queue = any ($1::text[]) and r.workflow = any ($2::text[])),
+       (select extract(epoch from min(r.wake_at) - clock_timestamp())::double precision
+        from pgchan.runs r where r.wake_at is not null and r.state in ('scheduled', 'waiting'))
 """
 # The journals of claimed runs, in order.
 JOURNALS = """

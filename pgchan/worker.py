@@ -78,6 +78,7 @@ class Worker:
         self._stopping = False
         self._check_due = 0.0  # time.monotonic() at which to compare with what the database says
         self._claim_soon = asyncio.Event()
+        self._is_full = True  # there may be runs that there was no room for
         self._inbox_soon = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._opening: asyncio.Future[None] | None = None
@@ -275,15 +276,17 @@ class Worker:
     # -- claiming
 
     async def _claim_loop(self, liveness: Liveness) -> None:
+        hinted = self._claim_soon.is_set()
         self._claim_soon.clear()
         if liveness.alive:
             try:
                 if time.monotonic() >= self._check_due:
                     await self._check_held()
-                while not self._stopping and (room := min(CLAIM_MAX, self.concurrency - len(self._held))) > 0:
-                    if await self._claim(room) < room:
-                        break
-                seconds = await self._next_timer()
+                if hinted or self._is_full:
+                    await self._claim_all()
+                is_ready, seconds = await self._look()
+                if is_ready and not hinted:
+                    await self._claim_all()  # a wakeup was lost, or a timer is due
             except errors.Error as error:
                 log.warning("worker %s cannot claim: %s", self.name, error)
                 seconds = SWEEP_SECONDS
@@ -294,11 +297,21 @@ class Worker:
                 async with asyncio.timeout(max(0.005, seconds)):
                     await self._claim_soon.wait()
 
-    async def _next_timer(self) -> float:
-        if len(self._held) >= self.concurrency:
-            return SWEEP_SECONDS
-        (row,) = await self.client._use().fetch(sql.NEXT_TIMER)
-        return SWEEP_SECONDS if row[0] is None else min(SWEEP_SECONDS, float(row[0]))
+    async def _claim_all(self) -> None:
+        """Take what is ready, as far as there is room."""
+        self._is_full = True
+        while not self._stopping and (room := min(CLAIM_MAX, self.concurrency - len(self._held))) > 0:
+            if await self._claim(room) < room:
+                self._is_full = False
+                return
+
+    async def _look(self) -> tuple[bool, float]:
+        """Whether a run is ready, or due, for this worker, and when to look again. Locks and writes nothing."""
+        if self._is_full:
+            return False, SWEEP_SECONDS
+        ((is_ready, timer),) = await self.client._use().fetch(sql.READY, list(self.queues), list(self.workflows))
+        seconds = SWEEP_SECONDS if timer is None else min(SWEEP_SECONDS, float(timer))
+        return is_ready or seconds <= 0, seconds
 
     async def _claim(self, most: int) -> int:
         db = self.client._use()
@@ -398,7 +411,8 @@ class Worker:
             if self._held.get(claimed.channel_id) is attempt:
                 del self._held[claimed.channel_id]
                 attempt.forget()
-            self._claim_soon.set()
+            if attempt.over != "finished" or self._is_full:
+                self._claim_soon.set()
 
     async def _call(self, attempt: Attempt) -> Any:
         loop = asyncio.get_running_loop()
