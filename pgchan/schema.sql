@@ -23,9 +23,14 @@
 create schema if not exists pgchan;
 
 -- One row: one channel. The row is updated by each append, so no index may cover a column that an append changes
--- (updates stay HOT) and the page keeps room for the next version (fillfactor).
+-- (updates stay HOT) and the page keeps room for the next version (fillfactor). An id is never that of another channel,
+-- not even after a failover that lost channels together with the numbers they had: a sequence alone hands those out
+-- again, and processes that remember an id would write to, and hear from, a stranger. Hence the 20 random bits, which
+-- leave one chance in a million.
+create sequence pgchan.channel_numbers;
 create table pgchan.channels (
-  id            bigint generated always as identity primary key,
+  id            bigint primary key
+                default (nextval('pgchan.channel_numbers') << 20) + floor(random() * (1 << 20))::bigint,
   name          text collate "C" not null unique,
   content_type  text not null default 'application/json',
   head          bigint not null default 0,         -- last position; 0 while empty
@@ -39,6 +44,7 @@ create table pgchan.channels (
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02);
 -- Serves `expire`. No append changes expires_at.
 create index channels_expiry on pgchan.channels (expires_at) where expires_at is not null;
+alter sequence pgchan.channel_numbers owned by pgchan.channels.id;
 
 -- One row: one message. No foreign key to channels: checking it would double the cost of an insert, and only routines
 -- in this file insert here.
@@ -664,7 +670,8 @@ begin
 end $$;
 
 -- Raise the epochs of these runs' channels, both to the same number: whoever owned them can write no more. The caller
--- has locked the runs.
+-- has locked the runs. The step is random, or a claim that a failover lost would have the number of the one after it,
+-- and two workers would own the run.
 create function pgchan.supersede(runs bigint[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
@@ -673,7 +680,8 @@ begin
     where c.id in (select unnest(array[r.channel_id, r.journal_id]) from pgchan.runs r where r.channel_id = any (supersede.runs))
     order by c.id for no key update;
   update pgchan.channels c set epoch = e.epoch
-    from (select r.channel_id, r.journal_id, greatest(o.epoch, j.epoch) + 1 as epoch
+    from (select r.channel_id, r.journal_id,
+                 greatest(o.epoch, j.epoch) + 1 + floor(random() * (1 << 20))::bigint as epoch
           from pgchan.runs r join pgchan.channels o on o.id = r.channel_id join pgchan.channels j on j.id = r.journal_id
           where r.channel_id = any (supersede.runs)) e
     where c.id in (e.channel_id, e.journal_id);

@@ -18,7 +18,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +44,31 @@ SETTINGS = {
 class Cluster:
     """One data directory and the server on it. `dsn` leads to its database `postgres`."""
 
-    def __init__(self, settings: Mapping[str, str] | None = None, *, tcp: bool = False, guarded: bool = False) -> None:
+    def __init__(
+        self, settings: Mapping[str, str] | None = None, *, tcp: bool = False, guarded: bool = False,
+        data: Path | None = None, wal: Path | None = None, environment: Mapping[str, str] | None = None,
+        copy_of: Cluster | None = None,
+    ) -> None:  # fmt: skip
         """settings: lines of postgresql.conf. tcp: listen on a free port of 127.0.0.1, else on a unix socket only.
-        guarded: the server stops when the thread that started it dies, however it dies."""
+        guarded: the server stops when the thread that started it dies, however it dies. data, wal: directories that
+        exist and are empty, on disks of their own. environment: further variables of the server. copy_of: a standby of
+        this running server."""
         self.home = Path(tempfile.mkdtemp(prefix="pgchan-"))
-        self.data = self.home / "data"
+        self.data = data or self.home / "data"
         self.log = self.home / "log"
         self.port = free_port() if tcp else 5432
         self.guarded = guarded
+        self.environment = dict(environment or {})
         self.process: subprocess.Popen[bytes] | None = None
         if root := _server_user():
-            os.chown(self.home, root.pw_uid, root.pw_gid)
-        initdb = [binary("initdb"), "-D", self.data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "-N"]
-        subprocess.run(initdb, check=True, stdout=subprocess.DEVNULL, **self._as_server_user())
+            for directory in filter(None, (self.home, data, wal)):
+                os.chown(directory, root.pw_uid, root.pw_gid)
+        make: list[Any] = [binary("initdb"), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "-N"]
+        if copy_of is not None:
+            make = [binary("pg_basebackup"), "-d", copy_of.dsn, "-R", "-X", "stream", "-c", "fast", "-N"]
+        if wal is not None:
+            make += ["-X", wal]
+        subprocess.run([*make, "-D", self.data], check=True, stdout=subprocess.DEVNULL, **self._as_server_user())
         chosen = SETTINGS | {"unix_socket_directories": str(self.home), "port": str(self.port)}
         if tcp:
             chosen["listen_addresses"] = "127.0.0.1"
@@ -69,16 +81,22 @@ class Cluster:
         with (self.data / "postgresql.conf").open("a") as file:
             file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
 
-    def start(self) -> None:
+    def start(self, *, within: Sequence[str] = ()) -> None:
+        """within: a command that runs the server, e.g. `ip netns exec …`."""
         assert self.process is None, "already started"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [binary("postgres"), "-D", self.data],
+                [*within, binary("postgres"), "-D", self.data], env=os.environ | self.environment,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 preexec_fn=_die_with_parent if self.guarded else None,
                 **self._as_server_user(),
             )  # fmt: skip
         self._wait_until_ready()
+
+    def promote(self) -> None:
+        """Make a standby the primary; returns when it takes writes."""
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+            assert connection.execute("select pg_promote(true, 30)").fetchone() == (True,)
 
     def stop(self, mode: str = "fast") -> None:
         """mode: smart (waits for clients), fast (cuts them) or immediate (as if it crashed: recovers at the start)."""

@@ -249,9 +249,13 @@ class Machine(RuleBasedStateMachine):
         self.session.connection.close()
 
     def _end(self, run: Model, state: str) -> None:
-        run.state, run.owner = state, None
-        run.epoch += 1
-        run.head += 1
+        run.state, run.owner, run.epoch, run.head = state, None, self._raised(run), run.head + 1
+
+    def _raised(self, run: Model) -> int:
+        """The run's epoch after something raised it: any number above all those before."""
+        epoch: int = self.session.one("select epoch from pgchan.channels where id = $1", run.id)
+        assert epoch > run.epoch
+        return epoch
 
     @precondition(lambda self: len(self.runs) < 3)
     @rule()
@@ -268,7 +272,7 @@ class Machine(RuleBasedStateMachine):
         ready = [run for run in self.runs if run.state == "scheduled"]
         assert sorted(claimed) == sorted(run.id for run in ready[:most])
         for run in ready[:most]:
-            run.state, run.owner, run.epoch = "running", self.workers[which], run.epoch + 1
+            run.state, run.owner, run.epoch = "running", self.workers[which], self._raised(run)
             assert claimed[run.id][6] == run.epoch
             assert claimed[run.id][9:11] == (run.head, len(run.journal))
             self.attempts.append((run, run.epoch))
@@ -318,7 +322,7 @@ class Machine(RuleBasedStateMachine):
             assert word == "ready"
         else:
             assert word == "waiting"
-            run.state, run.owner, run.epoch = "waiting", None, run.epoch + 1
+            run.state, run.owner, run.epoch = "waiting", None, self._raised(run)
 
     @precondition(lambda self: any(run.state == "waiting" for run in self.runs))
     @rule(which=st.integers(0, 1))
@@ -375,7 +379,7 @@ class Machine(RuleBasedStateMachine):
             assert word == run.state
             return
         assert word == "resumed"
-        run.state, run.epoch, run.head = "scheduled", run.epoch + 1, run.head + 1
+        run.state, run.epoch, run.head = "scheduled", self._raised(run), run.head + 1
         run.journal.append("")  # a control message
 
     @rule(which=st.integers(0, 1))
@@ -386,7 +390,7 @@ class Machine(RuleBasedStateMachine):
         held = [run for run in self.runs if run.owner == worker]
         assert self.session.one(sql.REAP, worker) == len(held)
         for run in held:
-            run.state, run.owner, run.epoch = "scheduled", None, run.epoch + 1
+            run.state, run.owner, run.epoch = "scheduled", None, self._raised(run)
         assert self.session.claim(worker) == [], "who was reaped claims nothing"
         self.workers[which] = self.session.worker()
 
