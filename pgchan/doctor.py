@@ -92,10 +92,11 @@ async def _listening(database: AsyncpgDb) -> Finding:
 
 async def _weather(database: AsyncpgDb) -> list[Finding]:
     """What changes from hour to hour."""
-    ((usage, pid, seconds, unknown, strangers),) = await database.fetch(sql.WEATHER)
+    ((usage, oldest, pid, seconds, unknown, strangers),) = await database.fetch(sql.WEATHER)
     findings = []
     if usage >= NOTIFY_USAGE:
-        detail = f"{usage:.0%} full; a session that LISTENs is stuck in a transaction, end it"
+        who = f"session {oldest} has the oldest" if oldest else "which one, only a role with pg_read_all_stats can see"
+        detail = f"{usage:.0%} full; a session that LISTENs is stuck in a transaction, end it: {who}"
         findings.append(Finding("queue of notifies", False, detail))
     else:
         findings.append(Finding("queue of notifies", True, f"{usage:.0%} full"))

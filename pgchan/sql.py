@@ -294,10 +294,15 @@ union all
 select t.name from unnest(array['channels', 'messages', 'runs', 'workers', 'final_messages', 'run_status']) t (name)
 where not has_table_privilege('pgchan.' || t.name, 'select')
 """
-# How full the NOTIFY queue is; who has held a snapshot longest, and for how many seconds; how many runs have been ready
-# for a minute; a worker whose lock a foreign session holds.
+# How full the NOTIFY queue is, and the session whose transaction has lasted longest, on the whole server: if it LISTENs
+# nobody can forget what was announced since. Who has held a snapshot of this database longest, and for how many
+# seconds; how many runs have been ready for a minute; a worker whose lock a foreign session holds.
 WEATHER = """
-select pg_notification_queue_usage(), s.pid, s.seconds,
+select pg_notification_queue_usage(),
+       (select a.pid from pg_stat_activity a
+        where a.xact_start is not null and a.backend_type = 'client backend' and a.pid <> pg_backend_pid()
+        order by a.xact_start limit 1),
+       s.pid, s.seconds,
        (select count(*) from pgchan.runs r
         where r.state = 'scheduled' and r.wake_at is null and r.created_at < clock_timestamp() - interval '1 minute'),
        (select min(w.id) from pgchan.workers w join pg_locks l
@@ -306,7 +311,7 @@ select pg_notification_queue_usage(), s.pid, s.seconds,
         where l.pid <> w.backend_pid)
 from (select 1) one left join lateral (
   select a.pid, extract(epoch from clock_timestamp() - a.xact_start)::double precision as seconds
-  from pg_stat_activity a where a.backend_xmin is not null and a.pid <> pg_backend_pid()
+  from pg_stat_activity a where a.backend_xmin is not null and a.xact_start is not null and a.pid <> pg_backend_pid()
   order by age(a.backend_xmin) desc limit 1) s on true
 """
 PING = "select pg_notify($1::text, '')"

@@ -8,6 +8,7 @@ Run as a program this file is such a worker. It tells what happens in lines of J
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psycopg
@@ -163,7 +165,33 @@ def stubborn(run: Any) -> None:
     run.step(hang)
 
 
-WORKFLOWS: list[Any] = [talk, everything, reserve, receive, ping, endless, blocks, stubborn]
+@pgchan.workflow
+async def nap(run: pgchan.Run, seconds: float) -> None:
+    """Sleeps, out of memory if it takes long."""
+
+    async def begin() -> None:
+        tell("napping", run.id)
+
+    await run.step(begin)
+    await run.sleep(seconds)
+    tell("napped", run.id)
+
+
+@pgchan.workflow
+async def hogs(run: pgchan.Run, seconds: float) -> str:
+    """A step whose first try keeps all other threads from running, as C code does that does not let go of the GIL."""
+
+    async def hog() -> str:
+        is_first = run.attempt == 1
+        tell("hogging", run.id, is_first)
+        if is_first:
+            ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+        return "done"
+
+    return await run.step(hog)
+
+
+WORKFLOWS: list[Any] = [talk, everything, reserve, receive, ping, endless, blocks, stubborn, nap, hogs]
 
 
 def _obey(loop: asyncio.AbstractEventLoop) -> None:
@@ -206,14 +234,19 @@ async def _work(dsn: str, name: str, at: str | None, options: dict[str, Any]) ->
 class Process:
     """A worker process. Everything that it told is in `events`, as (time, event, facts…)."""
 
-    def __init__(self, dsn: str, name: str, *, at: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, dsn: str, name: str, *, at: str | None = None, within: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        """within: a command that runs the process, e.g. `ip netns exec …`. environment: further variables."""
         self.dsn = dsn
         self.name = name
         self.events: list[list[Any]] = []
         arguments = [dsn, name, at or "", json.dumps(options)]
         self.process = subprocess.Popen(
-            [sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            [*within, sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | dict(environment or {}),
+        )  # fmt: skip
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 

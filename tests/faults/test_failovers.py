@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
+import psycopg
 import pytest
 from cluster import Cluster
 from doors import Door, Reading, query
@@ -182,3 +183,28 @@ async def test_channels_that_a_failover_forgot_are_not_mistaken_for_those_that_g
         assert [bodies(pair.standby.dsn, f"{mine}/{n}") for n in range(60)] == [["again"]] * 60
         await reader.has(1)
         assert reader.bodies == [f"{mine}/empty"]
+
+
+def claim(dsn: str) -> tuple[int, int, int]:
+    """Claim the one run there is as a worker by hand: the worker, the run's channel, its epoch."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        worker = connection.execute("select pgchan.new_worker()").fetchone()[0]  # type: ignore[index]
+        connection.execute("select pgchan.register(%s, 'by hand', 'here', 1)", [worker])
+        found = connection.execute(
+            "select channel_id, epoch from pgchan.claim(%s, '{default}', '{work}', 1)", [worker]
+        ).fetchone()
+        assert found is not None
+        return worker, *found
+
+
+async def test_an_attempt_that_a_failover_forgot_is_fenced(pair: Pair, wait_until: WaitUntil) -> None:
+    query(pair.dsn, "select pgchan.start('work', id => 'r')")
+    await wait_until(pair.is_level)
+    pair.hold_back()
+    _, run, forgotten = claim(pair.dsn)
+    await asyncio.to_thread(pair.fail_over)
+    _, again, epoch = claim(pair.dsn)
+    assert again == run
+    finish = "select outcome from pgchan.finish(%s, %s, 'succeeded', '1', null)"
+    assert query(pair.dsn, finish, run, forgotten) == [("fenced",)]
+    assert query(pair.dsn, finish, run, epoch) == [("finished",)]
