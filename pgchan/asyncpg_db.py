@@ -501,6 +501,8 @@ class Writer:
         doubt = errors.Indefinite(
             "the connection was lost before the answer came; perhaps it was written: retry with the same key"
         )
+        # Nothing that can be found out is of use to these: they are told now, not when the server is back.
+        _settle_all([one for one in batch.queued if one.entry.key is None and one.entry.owner is None], doubt)
         tries = 0
         until = max(queued.deadline for queued in batch.queued)
         while True:

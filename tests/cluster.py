@@ -18,7 +18,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +81,11 @@ class Cluster:
         with (self.data / "postgresql.conf").open("a") as file:
             file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
 
-    def start(self, *, within: Sequence[str] = ()) -> None:
-        """within: a command that runs the server, e.g. `ip netns exec …`."""
+    def start(self) -> None:
         assert self.process is None, "already started"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*within, binary("postgres"), "-D", self.data], env=os.environ | self.environment,
+                [binary("postgres"), "-D", self.data], env=os.environ | self.environment,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 preexec_fn=_die_with_parent if self.guarded else None,
                 **self._as_server_user(),

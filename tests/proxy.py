@@ -85,4 +85,5 @@ class Proxy:
         except ConnectionError:
             pass
         finally:
-            target.close()
+            if not self._silent:
+                target.close()

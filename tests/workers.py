@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import psycopg
@@ -235,16 +235,15 @@ class Process:
     """A worker process. Everything that it told is in `events`, as (time, event, facts…)."""
 
     def __init__(
-        self, dsn: str, name: str, *, at: str | None = None, within: Sequence[str] = (),
-        environment: Mapping[str, str] | None = None, **options: Any,
+        self, dsn: str, name: str, *, at: str | None = None, environment: Mapping[str, str] | None = None,
+        **options: Any,
     ) -> None:  # fmt: skip
-        """within: a command that runs the process, e.g. `ip netns exec …`. environment: further variables."""
         self.dsn = dsn
         self.name = name
         self.events: list[list[Any]] = []
         arguments = [dsn, name, at or "", json.dumps(options)]
         self.process = subprocess.Popen(
-            [*within, sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=os.environ | dict(environment or {}),
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read)

@@ -26,7 +26,6 @@ import pgchan
 from pgchan import doctor, errors, migrate
 
 WaitUntil = Callable[..., Awaitable[None]]
-Record = Callable[[str, object], None]
 
 
 @pytest.fixture(params=["async", "blocking"])
@@ -72,7 +71,7 @@ async def said(client: pgchan.AsyncClient, run: str, view: str = "raw") -> list[
 
 
 async def test_the_death_of_a_backend_loses_nothing_that_was_acknowledged(
-    own: Door, reading: Callable[[Any], Reading], wait_until: WaitUntil, record_property: Record
+    own: Door, reading: Callable[[Any], Reading], wait_until: WaitUntil
 ) -> None:
     query(own.dsn, "alter database postgres set synchronous_commit = off")
     client = own.client()
@@ -91,7 +90,7 @@ async def test_the_death_of_a_backend_loses_nothing_that_was_acknowledged(
     await reader.has(len(stored))
     storm.check(stored, reader)
     assert not storm.not_done
-    record_property("accepts_to_acknowledgement_seconds", [round(seconds, 3) for seconds in took])
+    print("server accepts to acknowledgement: " + ", ".join(f"{seconds:.3f} s" for seconds in took))
     assert sorted(took)[1] < 3
 
 
@@ -184,7 +183,7 @@ def small(disks: tuple[Disk, Disk]) -> Iterator[Cluster]:
 
 @pytest.mark.parametrize("kind", ["async", "blocking"])
 async def test_a_full_disk_is_unavailable_until_there_is_room(
-    small: Cluster, disks: tuple[Disk, Disk], kind: str, record_property: Record
+    small: Cluster, disks: tuple[Disk, Disk], kind: str
 ) -> None:
     door = Door(kind, small.dsn)
     client = door.client(timeout=1.0)
@@ -199,20 +198,20 @@ async def test_a_full_disk_is_unavailable_until_there_is_room(
             refused = error
             break
     assert refused is not None, "the disk did not fill up"
-    record_property("acknowledged_until_the_disk_was_full", len(acknowledged))
+    print(f"acknowledged until the disk was full: {len(acknowledged)}")
     assert [message.position for message in await channel.read(limit=1000)] == acknowledged  # reading goes on
     waiting = asyncio.create_task(door.client(timeout=20.0).channel("c").publish("patient", key="k"))
     disks[0].free()
     freed = time.monotonic()
     assert (await waiting).position == len(acknowledged) + 1
-    record_property("room_to_acknowledgement_seconds", round(time.monotonic() - freed, 3))
+    print(f"room on the disk to acknowledgement: {time.monotonic() - freed:.3f} s")
     assert (await channel.publish("last")).position == len(acknowledged) + 2
     assert len(bodies(small.dsn, "c")) == len(acknowledged) + 2
     await door.close()
 
 
 async def test_a_full_wal_disk_stops_the_server_and_loses_nothing(
-    small: Cluster, disks: tuple[Disk, Disk], record_property: Record
+    small: Cluster, disks: tuple[Disk, Disk]
 ) -> None:
     door = Door("async", small.dsn)
     client = door.client(timeout=0.5)
@@ -231,7 +230,7 @@ async def test_a_full_wal_disk_stops_the_server_and_loses_nothing(
     assert small.process is not None
     assert await asyncio.to_thread(small.process.wait, 30) != 0, "the server did not stop"
     assert len(acknowledged) > 10
-    record_property("acknowledged_until_the_server_stopped", len(acknowledged))
+    print(f"acknowledged until the WAL disk was full: {len(acknowledged)}")
     with pytest.raises(errors.Unavailable):
         await channel.publish("nobody there")
     disks[1].free()
@@ -250,7 +249,7 @@ async def test_a_full_wal_disk_stops_the_server_and_loses_nothing(
 
 @pytest.mark.parametrize("server", [{"max_notify_queue_pages": "64"}], indirect=True)
 async def test_a_full_notify_queue_delays_runs_by_a_sweep_and_its_culprit_is_named(
-    server: Cluster, processes: Processes, record_property: Record
+    server: Cluster, processes: Processes
 ) -> None:
     worker = await processes.start("worker")
     async with pgchan.AsyncClient(server.dsn) as client:
@@ -271,7 +270,7 @@ async def test_a_full_notify_queue_delays_runs_by_a_sweep_and_its_culprit_is_nam
                 took += [sent - began, await worker.tells("signal", n) - sent]
                 await handle.signal("stop")
                 assert await handle.result(10) == 1
-            record_property("seconds_without_wakeups", [round(seconds, 3) for seconds in took])
+            print(f"start and signal without wakeups: max {max(took):.2f} s")
             assert max(took) < 1.0 + 2.0  # the sweep, and what a busy machine adds
             (finding,) = [f for f in await doctor.check(server.dsn) if f.check == "queue of notifies"]
             assert not finding.is_fine
@@ -358,7 +357,7 @@ async def test_a_pool_of_one_that_is_held_is_named_and_nothing_hangs(
 
 
 async def test_an_old_snapshot_makes_appends_slower_and_not_wrong_and_is_named(
-    door: Door, reading: Callable[[Any], Reading], monkeypatch: pytest.MonkeyPatch, record_property: Record
+    door: Door, reading: Callable[[Any], Reading], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "SNAPSHOT_SECONDS", 0.2)
     client = door.client()
@@ -373,7 +372,7 @@ async def test_an_old_snapshot_makes_appends_slower_and_not_wrong_and_is_named(
             began = time.monotonic()
             await asyncio.gather(*(channel.publish(1 + 600 * batch + n) for n in range(600)))
             took.append(time.monotonic() - began)
-        record_property("seconds_per_600_appends", [round(seconds, 3) for seconds in took])
+        print("600 appends under an old snapshot: " + ", ".join(f"{seconds:.2f} s" for seconds in took))
         (finding,) = [f for f in await doctor.check(door.dsn) if f.check == "old snapshot"]
         assert not finding.is_fine
         assert f"session {old.info.backend_pid} " in finding.detail
