@@ -191,7 +191,17 @@ async def hogs(run: pgchan.Run, seconds: float) -> str:
     return await run.step(hog)
 
 
-WORKFLOWS: list[Any] = [talk, everything, reserve, receive, ping, endless, blocks, stubborn, nap, hogs]
+@pgchan.workflow
+async def greedy(run: pgchan.Run, size: int) -> int:
+    """A step that wants so many bytes of memory."""
+
+    async def take() -> int:
+        return len(bytearray(size))
+
+    return await run.step(take)
+
+
+WORKFLOWS: list[Any] = [talk, everything, reserve, receive, ping, endless, blocks, stubborn, nap, hogs, greedy]
 
 
 def _obey(loop: asyncio.AbstractEventLoop) -> None:
