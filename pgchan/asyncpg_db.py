@@ -17,7 +17,7 @@ import select
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,6 +61,8 @@ class AsyncpgDb:
         self._known: dict[str, Known] = {}
         self.loop: asyncio.AbstractEventLoop | None = None  # of the client's first use
         self._announcing: set[asyncio.Future[None]] = set()
+        # Asked over each new connection before anything else is sent on it: the owners that must not write any more.
+        self.look_backs: list[Callable[[Connection], Awaitable[set[int]]]] = []
         self.stats: dict[str, int] = {"reads": 0, "writes": 0, "entries": 0, "pages": 0}
         self.writer = Writer(self)
         self.listener = Listener(self)
@@ -111,7 +113,9 @@ class AsyncpgDb:
 
     async def _make_pool(self) -> asyncpg.Pool[Any]:
         async def connect(*_: Any, **__: Any) -> Connection:
-            return await self.connect("pool")
+            connection = await self.connect("pool")
+            await self.look_back(connection)
+            return connection
 
         async def keep(_: Connection) -> None:
             """Nothing to reset: transactions are ended, and pgchan changes no setting of a session."""
@@ -124,6 +128,15 @@ class AsyncpgDb:
         # A pooler invents the backend pid that it tells its clients.
         self._pooled = self._pooled or connection.get_server_pid() != row[6]
         db.check_version(await connection.fetchval(sql.VERSION))
+
+    async def look_back(self, connection: Connection) -> None:
+        """Let workers see whether the server behind a new connection has what they wrote over earlier ones."""
+        try:
+            for look_back in self.look_backs:
+                self.writer.refused |= await look_back(connection)
+        except BaseException:
+            connection.terminate()
+            raise
 
     async def check_control(self) -> None:
         """Refuse to listen or lock where a transaction pooler would make that hear and hold nothing."""
@@ -362,6 +375,7 @@ class Writer:
         # Of channels that a run in this process owns: the last position that it wrote or saw.
         self.heads: dict[int, int] = {}
         self.on_written: Callable[[int, int, int], None] | None = None  # channel, head before, head after
+        self.refused: set[int] = set()  # owners whose history was lost: what they still have here is not sent
 
     async def room(self) -> None:
         """Until less than the most that may wait in memory waits."""
@@ -427,6 +441,10 @@ class Writer:
             if not batch.queued:
                 return
             await asyncio.sleep(db.backoff(tries))
+        if self.refused and (gone := [one for one in batch.queued if one.entry.owner in self.refused]):
+            _settle_all(gone, errors.Fenced("a failover lost what this attempt had written", run=gone[0].entry.name))
+            self._waiting.put_back([one for one in batch.queued if one not in gone])
+            return
         try:
             row = await connection.fetchrow(sql.WRITE, *batch.arguments(), batch.lock_wait, timeout=CALL_SECONDS)
         except DRIVER_ERRORS as error:
@@ -468,6 +486,7 @@ class Writer:
         try:
             connection = await self._db.connect("writer")
             self._backend = await connection.fetchrow(sql.WHO_AM_I, timeout=CONNECT_SECONDS)
+            await self._db.look_back(connection)
         except DRIVER_ERRORS:
             if connection is not None:
                 connection.terminate()

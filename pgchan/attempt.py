@@ -185,6 +185,12 @@ class Attempt:
         """Give back what the attempt occupies in the writer."""
         self._writer.heads.pop(self.claimed.channel_id, None)
         self._writer.heads.pop(self.claimed.journal_id, None)
+        self._writer.refused.discard(self.claimed.journal_id)
+
+    def reached(self) -> dict[int, int]:
+        """How far this attempt has written or read its channels; a server that has less has lost something."""
+        heads, c = self._writer.heads, self.claimed
+        return {c.channel_id: max(heads.get(c.channel_id, 0), self.seen), c.journal_id: heads.get(c.journal_id, 0)}
 
     # -- writing
 

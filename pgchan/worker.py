@@ -41,6 +41,7 @@ HOUSEKEEPING_SECONDS = 10.0  # how often to look for runs without code, and to r
 CHECK_SECONDS = 5.0  # how often to compare what is executed with what is held
 DEADLINE_CHECK = 0.02  # of the lease: how late a passed deadline is noticed
 FINISH_SECONDS_MAX = 1.0  # longest pause between tries to record a run's end
+LOOK_BACK_SECONDS = 5.0  # to ask a new connection for the heads of all runs that are held
 CUT_SHORT_SECONDS_MAX = 1.0  # longest pause before a run that cancelled itself goes back; it grows with each claim
 LEASE_SECONDS_MIN = 1.0  # below it a busy machine looks dead
 
@@ -150,6 +151,7 @@ class Worker:
     async def _run(self, liveness: Liveness) -> None:
         db = self.client._use()
         db.writer.on_written = self._on_written
+        db.look_backs.append(self._look_back)
         numbers = await db.fetch(sql.QUEUE_NUMBERS, list(self.queues))
         for _, number in numbers:
             db.listener.hub.on_queue(number, self._claim_soon.set)
@@ -173,6 +175,7 @@ class Worker:
             for _, number in numbers:
                 db.listener.hub.off_queue(number, self._claim_soon.set)
             db.writer.on_written = None
+            db.look_backs.remove(self._look_back)
             self._started.clear()
 
     def _handle_signals(self, loop: asyncio.AbstractEventLoop) -> list[signal.Signals]:
@@ -261,6 +264,23 @@ class Worker:
         if strangers := [channel_id for channel_id in held if channel_id not in self._held]:
             await self.client._use().call(sql.RELEASE, self.id, strangers)
         self._check_due = time.monotonic() + CHECK_SECONDS
+
+    async def _look_back(self, connection: Any) -> set[int]:
+        """Stop the runs of which the server behind a new connection has less than they wrote or read: a failover lost
+        it. They go back, and begin again from what their journals hold. Returns the owners that must not write."""
+        reached = {id: head for attempt in self._held.values() for id, head in attempt.reached().items()}
+        if not reached:
+            return set()
+        rows = await connection.fetch(sql.SWEEP, list(reached), timeout=LOOK_BACK_SECONDS)
+        lost = {id for id, head, *_ in rows if (head or 0) < reached[id]}
+        owners = set()
+        for attempt in list(self._held.values()):
+            if not lost.isdisjoint((attempt.claimed.channel_id, attempt.claimed.journal_id)):
+                if attempt.over is None:
+                    log.warning("run %s goes back: a failover lost some of what it had written", attempt.claimed.run)
+                attempt.end("unavailable")
+                owners.add(attempt.claimed.journal_id)
+        return owners
 
     async def _keep_deadline(self, liveness: Liveness) -> None:
         """Stop all runs when this worker may no longer act. A task of its own: claiming may be waiting meanwhile."""

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
@@ -16,7 +17,8 @@ import pytest
 from cluster import Cluster
 from doors import Door, Reading, query
 from serving import Reader, Running, follow, message_of
-from storm import bodies
+from storm import Storm, bodies
+from workers import Processes
 
 import pgchan
 from pgchan import errors, migrate
@@ -164,22 +166,22 @@ async def test_channels_that_a_failover_forgot_are_not_mistaken_for_those_that_g
     pair.hold_back()
     readers = []
     for client, mine in zip(clients, ("a", "b"), strict=True):
-        await asyncio.gather(*(client.channel(f"{mine}/{n}").publish(f"{mine}/{n}") for n in range(60)))
+        await asyncio.gather(*(client.channel(f"{mine}/{n}").publish(f"{mine}/{n}") for n in range(30)))
         await client.channel(f"{mine}/empty").create()
         readers.append(reading(client.channel(f"{mine}/empty").tail()))
     await wait_until(lambda: all(client.health == "listening" for client in clients))
     await asyncio.to_thread(pair.fail_over)
     await other.channel("known").publish("after")
-    foreign = [f"foreign/{n}" for n in range(200)]
+    foreign = [f"foreign/{n}" for n in range(90)]
     await asyncio.gather(*(other.channel(name).publish(name) for name in foreign))
     for client, mine in zip(clients, ("a", "b"), strict=True):
-        await asyncio.gather(*(client.channel(f"{mine}/{n}").publish("again", key="k") for n in range(0, 60, 2)))
-        await asyncio.gather(*(client.channel(f"{mine}/{n}").publish_many(["again"]) for n in range(1, 60, 2)))
+        await asyncio.gather(*(client.channel(f"{mine}/{n}").publish("again", key="k") for n in range(0, 30, 2)))
+        await asyncio.gather(*(client.channel(f"{mine}/{n}").publish_many(["again"]) for n in range(1, 30, 2)))
         await client.channel(f"{mine}/empty").publish(f"{mine}/empty")
     for name in foreign:
         assert bodies(pair.standby.dsn, name) == [name]
     for mine, reader in zip(("a", "b"), readers, strict=True):
-        assert [bodies(pair.standby.dsn, f"{mine}/{n}") for n in range(60)] == [["again"]] * 60
+        assert [bodies(pair.standby.dsn, f"{mine}/{n}") for n in range(30)] == [["again"]] * 30
         await reader.has(1)
         assert reader.bodies == [f"{mine}/empty"]
 
@@ -207,3 +209,68 @@ async def test_an_attempt_that_a_failover_forgot_is_fenced(pair: Pair, wait_unti
     finish = "select outcome from pgchan.finish(%s, %s, 'succeeded', '1', null)"
     assert query(pair.dsn, finish, run, forgotten) == [("fenced",)]
     assert query(pair.dsn, finish, run, epoch) == [("finished",)]
+
+
+async def test_a_run_begins_again_from_what_a_failover_left_of_it(pair: Pair, wait_until: WaitUntil) -> None:
+    processes = Processes(pair.dsn)
+    try:
+        async with pgchan.AsyncClient(pair.dsn) as client:
+            worker = await processes.start("worker", lease=10.0, takeover_grace=1.0)
+            handle = await client.start("everything", id="r")
+            channel = client.channel("r")
+            tail = channel.tail()
+            assert (await anext(tail)).body == "begin"
+            await wait_until(pair.is_level)
+            pair.hold_back()
+            await handle.signal("first")  # with it are lost: two steps, and what the third one says
+            await worker.tells("executed", "r", "answer")
+            async with asyncio.timeout(10):
+                while (await anext(tail)).body != "thinking":
+                    pass
+            await asyncio.to_thread(pair.fail_over)
+            with pytest.raises(errors.HistoryLost):
+                await anext(tail)
+            for body in ("first", "second"):  # what the sender does once it is told
+                await handle.signal(body)
+            assert await handle.result(20) == ["first", "second"]
+            messages = await channel.read(limit=1000)
+            assert [m.body for m in messages if m.kind == "message"] == ["begin", "thinking", "answer to second", "end"]
+            assert Counter(m.key for m in await handle.journal()) == {"receive": 1, "middle": 1, "answer": 1}
+            assert len(worker.told("executed", "r", "middle")) == 2  # its record was lost
+            consumed = [m.body for m in messages if m.kind == "control" and m.body["type"] == "consumed"]
+            assert [(body["signal"], body["step"]) for body in consumed] == [(2, "receive"), (3, "answer")]
+    finally:
+        processes.close()
+
+
+async def test_a_synchronous_standby_loses_nothing_and_nobody_is_told(
+    pair: Pair, doors: list[Door], reading: Callable[[Any], Reading], wait_until: WaitUntil
+) -> None:
+    for statement in ("alter system set synchronous_standby_names = '*'", "select pg_reload_conf()"):
+        query(pair.dsn, statement)
+    state = "select sync_state from pg_stat_replication"
+    await wait_until(lambda: query(pair.dsn, state) == [("sync",)])
+    processes = Processes(pair.dsn)
+    try:
+        worker = await processes.start("worker", lease=10.0, takeover_grace=5.0)
+        clients = [door.client() for door in doors]
+        handle = await clients[0].start("talk")
+        await worker.tells("gate", "speak")
+        readers = [reading(client.channel(door.kind).tail()) for door, client in zip(doors, clients, strict=True)]
+        storms = [Storm(client, door.kind, publishers=4) for door, client in zip(doors, clients, strict=True)]
+        await wait_until(lambda: all(len(storm.acknowledged) >= 50 for storm in storms))
+        seconds = await asyncio.to_thread(pair.fail_over)
+        reached = [len(storm.acknowledged) + 30 for storm in storms]
+        await wait_until(lambda: all(len(s.acknowledged) >= n for s, n in zip(storms, reached, strict=True)), 20)
+        for door, storm, reader in zip(doors, storms, readers, strict=True):
+            await storm.stop()
+            stored = bodies(pair.standby.dsn, door.kind)
+            await reader.has(len(stored))
+            storm.check(stored, reader)
+            assert not storm.not_done
+            print(f"synchronous failover in {seconds:.2f} s: 0 of {len(storm.acknowledged)} acknowledged lost")
+        worker.open("speak")
+        assert await handle.result(10) == 3
+        assert (await handle.status()).attempt == 1
+    finally:
+        processes.close()
