@@ -1,6 +1,8 @@
 """A server crashes, fills up, has no free connection, or its clock jumps: nothing acknowledged is lost or done twice.
 
-A server that was restarted, in test_outages.py and test_takeover.py; standbys, in test_failovers.py.
+A server that is restarted as a whole: test_outages.py, test_takeover.py. Standbys: test_failovers.py.
+
+Long, because each fault is a test.
 """
 
 from __future__ import annotations
