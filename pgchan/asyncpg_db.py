@@ -564,7 +564,11 @@ class Writer:
 
     async def _look_for(self, batch: Batch, backend: Row | None) -> dict[int, Outcome] | None:
         """What of the batch is stored, by index; empty: nothing; None: it cannot be told."""
-        owned = [(entry, indices) for entry, indices in batch.owned() if entry.channel_id in self.heads]
+        owned = [
+            (entry, indices, self.heads[id])  # its owner may end, and take this along, while the rest here waits
+            for entry, indices in batch.owned()
+            if (id := entry.channel_id) in self.heads
+        ]
         if not owned and not any(queued.entry.key for queued in batch.queued):
             return None
         connection = await self._connected()
@@ -576,17 +580,18 @@ class Writer:
             return None
         found: dict[int, Outcome] = {}
         heads: dict[int, int] = {}
-        for entry, indices in owned:
+        for entry, indices, before in owned:
             assert entry.channel_id is not None
-            rows = await connection.fetch(sql.WRITTEN_SINCE, entry.channel_id, self.heads[entry.channel_id])
+            rows = await connection.fetch(sql.WRITTEN_SINCE, entry.channel_id, before)
             if not rows or rows[0][0] != entry.fence:
                 continue  # another owner may have written there since; if the batch did not commit, it is refused now
-            heads[entry.channel_id] = self.heads[entry.channel_id]
+            heads[entry.channel_id] = before
             for index, (_, position, at) in zip(indices, rows, strict=False):
                 if position is not None:
                     found[index] = Outcome(db.APPENDED, entry.channel_id, position, at)
                     heads[entry.channel_id] = position
-        self.heads.update(heads)  # only now: this is done again if the connection is lost in between
+        # Only now: this is done again if the connection is lost in between.
+        self.heads.update({id: head for id, head in heads.items() if id in self.heads})
         return found if heads else None
 
 

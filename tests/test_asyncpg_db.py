@@ -120,6 +120,49 @@ async def test_a_lost_answer_is_found_by_what_an_owner_wrote(dsn: str) -> None:
         assert len(await client.channel("owned").read()) == 3
 
 
+async def test_an_owner_that_ends_while_a_lost_answer_is_looked_for_takes_nobody_along(dsn: str) -> None:
+    async with Proxy(dsn) as proxy, pgchan.AsyncClient(proxy.dsn) as client:
+        owned = await channel_id(client, "owned", dsn)
+        await client.channel("free").publish("warm")
+        client._db.writer.heads[owned] = 0
+
+        async def owner_ends(_: object) -> set[int]:
+            del client._db.writer.heads[owned]
+            return set()
+
+        client._db.look_backs.append(owner_ends)
+        proxy.swallow(b'"output"')
+        ours, keyed = await asyncio.gather(
+            client._db.append(Entry("owned", b'"output"', channel_id=owned, owner=1, fence=0, step="s", attempt=1)),
+            client.channel("free").publish("keyed", key="k"),
+        )
+        assert (ours.word, ours.position) == ("appended", 1)
+        assert keyed.position == 2
+
+
+async def test_an_owner_whose_history_is_lost_writes_no_more_and_the_others_do(
+    client: pgchan.AsyncClient, dsn: str, wait_until: WaitUntil
+) -> None:
+    owned = await channel_id(client, "owned")
+    await client.channel("free").publish("warm")
+
+    async def history_is_lost(_: object) -> set[int]:
+        return {1}
+
+    client._db.look_backs.append(history_is_lost)
+    writers = "from pg_stat_activity where application_name = 'pgchan writer' and datname = current_database()"
+    query(dsn, f"select pg_terminate_backend(pid) {writers}")
+    await wait_until(lambda: not query(dsn, f"select 1 {writers}"))
+    refused, free = await asyncio.gather(
+        client._db.append(Entry("owned", b"1", channel_id=owned, owner=1, fence=0, step="s", attempt=1)),
+        client.channel("free").publish("goes on"),
+        return_exceptions=True,
+    )
+    assert isinstance(refused, errors.Fenced)
+    assert isinstance(free, pgchan.Message) and free.position == 2
+    assert await client.channel("owned").read() == []
+
+
 # ------------------------------------------------------------------------------------------------ tasks
 
 
