@@ -179,7 +179,8 @@ async def test_a_worker_that_was_frozen_cannot_commit_rows_in_a_transaction(
     query(dsn, "create table rows_of_users (run text)")
     first, _, run = await frozen_past_its_lease(dsn, client, processes, "reserve", "reserve")
     await gets_a_new_id(dsn, first, wait_until)
-    await wait_until(lambda: query(dsn, "select from pg_stat_activity where state like 'idle in transaction%%'") == [])
+    left = "select 1 from pg_stat_activity where state like 'idle in transaction%' and datname = current_database()"
+    await wait_until(lambda: query(dsn, left) == [])
     assert query(dsn, "select run from rows_of_users") == [(run,)]
 
 
