@@ -34,7 +34,6 @@ CALL_SECONDS = 35.0  # longer than statement_timeout: past it the connection is 
 LISTEN_SECONDS = 10.0  # for one statement of the listener
 PING_SECONDS = 3.0  # how often the listener hears itself; it reconnects when it missed a ping
 KNOWN_MAX = 100_000  # channels whose id and type are remembered
-LOCK_CLASS = 1_885_823_848  # of pgchan's advisory locks; in the space of two int4 keys
 
 GIVEN_UP = frozenset({"25006", "57P01", "57P02", "57P05"})  # read-only, and three ways in which a server says farewell
 
@@ -150,11 +149,11 @@ class AsyncpgDb:
         first = await self.connect("probe")
         second = await self.connect("probe")
         try:
-            await first.fetchval(sql.PROBE_LOCK, LOCK_CLASS + 1, key)
-            got = await second.fetchval(sql.PROBE_LOCK, LOCK_CLASS + 1, key)
-            await first.fetchval(sql.PROBE_UNLOCK, LOCK_CLASS + 1, key)
+            await first.fetchval(sql.PROBE_LOCK, key)
+            got = await second.fetchval(sql.PROBE_LOCK, key)
+            await first.fetchval(sql.PROBE_UNLOCK, key)
             if got:
-                await second.fetchval(sql.PROBE_UNLOCK, LOCK_CLASS + 1, key)
+                await second.fetchval(sql.PROBE_UNLOCK, key)
             return not got
         finally:
             await _close(first)
@@ -272,7 +271,8 @@ class AsyncpgDb:
     async def append_together(self, batches: Sequence[Batch]) -> list[Outcome]:
         """See Db."""
         if len(batches) == 1:
-            row = await self.call(sql.WRITE, *batches[0].arguments(), db.lock_wait(self._patience))
+            statement, arguments = batches[0].call(db.lock_wait(self._patience))
+            row = await self.call(statement, *arguments)
             return batches[0].outcomes(row)
         outcomes: list[Outcome] = []
         moved: dict[int, int] = {}
@@ -282,7 +282,7 @@ class AsyncpgDb:
             await transaction.start()
             try:
                 for batch in batches:
-                    row = await connection.fetchrow(sql.APPEND_QUIETLY, *batch.arguments())
+                    row = await connection.fetchrow(sql.APPEND_MESSAGES_QUIETLY, *batch.messages())
                     outcomes += batch.outcomes(row)
                     moved.update({i: head for i, head in zip(row[0], row[1], strict=True) if head is not None})
                     created = created or row[7]
@@ -446,7 +446,8 @@ class Writer:
             self._waiting.put_back([one for one in batch.queued if one not in gone])
             return
         try:
-            row = await connection.fetchrow(sql.WRITE, *batch.arguments(), batch.lock_wait, timeout=CALL_SECONDS)
+            statement, arguments = batch.call(batch.lock_wait)
+            row = await connection.fetchrow(statement, *arguments, timeout=CALL_SECONDS)
         except DRIVER_ERRORS as error:
             await self._failed(batch, translate(error, writing=True))
             return

@@ -41,12 +41,12 @@ _PENDING = "pgchan announcements"  # in Session.info
 
 
 async def append(connection: Any, batch: Batch, announce: Announce) -> Row:
-    """`pgchan.append` of a batch in the caller's transaction. The channels stay locked until it ends."""
+    """`pgchan.append_messages` of a batch in the caller's transaction. The channels stay locked until it ends."""
     session = _session(connection)
     if session is None:
-        (row,) = await fetch(connection, sql.APPEND, *batch.arguments())
+        (row,) = await fetch(connection, sql.APPEND_MESSAGES, *batch.messages())
         return row
-    (row,) = await fetch(connection, sql.APPEND_QUIETLY, *batch.arguments())
+    (row,) = await fetch(connection, sql.APPEND_MESSAGES_QUIETLY, *batch.messages())
     _announce_after_commit(session, announce, (list(row[0]), list(row[1]), bool(row[7]), []))
     return row
 

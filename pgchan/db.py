@@ -8,6 +8,7 @@ knows no driver, no event loop and no thread.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -267,7 +268,10 @@ def translate(sqlstate: str | None, message: str, hint: str | None, *, writing: 
     if sqlstate is not None and (known := errors.BY_SQLSTATE.get(sqlstate)) is not None:
         return known(f"{message}; {hint}" if hint else message)
     if sqlstate == "42501":
-        return errors.UnsafeDeployment(f"the database role lacks a right ({message}); grant it, or run: pgchan doctor")
+        return errors.UnsafeDeployment(
+            f"the database role lacks a right ({message}); run: grant {_role_for(message)} to <the role>; "
+            "or see: pgchan doctor"
+        )
     if sqlstate is not None and (sqlstate in ("3D000", "28P01") or sqlstate.startswith("28")):
         return errors.UnsafeDeployment("the server refused this user, password or database; check the DSN")
     if sqlstate in ("42883", "42P01", "3F000"):
@@ -285,6 +289,26 @@ def translate(sqlstate: str | None, message: str, hint: str | None, *, writing: 
             "the connection was lost before the answer came; perhaps it was written: retry with the same key"
         )
     return unreachable("")
+
+
+# The least of the roles in schema.sql that has a right on what the server names in its refusal, in whatever language.
+# What is not here is a worker's.
+_ROLES: dict[str, frozenset[str]] = {
+    "pgchan_publisher": frozenset({
+        "publish", "start", "signal", "cancel", "append_messages", "write_messages", "find_channel", "create_channel",
+        "close_channel", "enqueue", "call_enqueue", "deliver", "call_deliver", "wake",
+    }),
+    "pgchan_subscriber": frozenset({
+        "read", "status", "as_json", "ping", "take_probe", "free_probe", "channels", "messages", "runs", "workers",
+        "final_messages", "run_status", "channel_status", "worker_status", "pgchan", "version",
+    }),
+    "pgchan_admin": frozenset({"trim_channel", "delete_channel", "resume", "fork", "call_fork"}),
+}  # fmt: skip
+
+
+def _role_for(message: str) -> str:
+    words = set(re.findall(r"\w+", message))
+    return next((role for role, names in _ROLES.items() if words & names), "pgchan_worker")
 
 
 def drive(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -10,16 +10,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import uuid
 from dataclasses import dataclass
 
 from pgchan import db, errors, sql
 from pgchan.asyncpg_db import AsyncpgDb, translate
 from pgchan.dsn import resolve, resolve_control
-from pgchan.wakeups import LISTEN_NAMES
 
 SNAPSHOT_SECONDS = 60.0  # a snapshot that is held longer makes hot channels slow
 NOTIFY_USAGE = 0.1  # of the queue; at 0.5 pgchan stops announcing and relies on its sweeps
 HEAR_SECONDS = 2.0
+STRANGER_SECONDS = 0.5  # for which a lock is held by one that is not its worker, before that is worth a line
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,15 @@ async def check(dsn: str | None = None, control_dsn: str | None = None) -> list[
         milliseconds = (time.monotonic() - began) * 1000
         findings.append(Finding("connection", True, f"reached, and fit to write to ({milliseconds:.0f} ms)"))
         findings.append(Finding("schema", True, db.SCHEMA_VERSION))
-        findings.append(await _rights(database))
-        findings.append(await _listening(database))
+        rights, roles = await _rights(database)
+        findings += [rights, await _roles(database)]
+        if "pgchan_subscriber" in roles:
+            findings.append(await _listening(database))
         findings += await _weather(database)
+        if "pgchan_subscriber" in roles:
+            findings += [await _strangers(database), await _late_runs(database)]
+        else:
+            findings.append(Finding("not looked at", True, "wakeups, workers and queues: this role may not read"))
     except errors.Error as error:
         findings.append(Finding(_WHAT.get(type(error), "connection"), False, str(error)))
     finally:
@@ -62,12 +69,35 @@ _WHAT: dict[type[errors.Error], str] = {
 }
 
 
-async def _rights(database: AsyncpgDb) -> Finding:
-    rows = await database.fetch(sql.MISSING_RIGHTS)
-    if not rows:
-        return Finding("rights", True, "this role may read, publish and work")
-    names = ", ".join(row[0] for row in rows)
-    return Finding("rights", False, f"this role lacks rights on {names}; grant EXECUTE on routines, SELECT on tables")
+MAY = {
+    "pgchan_publisher": "publish", "pgchan_subscriber": "read", "pgchan_worker": "work", "pgchan_admin": "administer",
+}  # fmt: skip
+
+
+async def _rights(database: AsyncpgDb) -> tuple[Finding, set[str]]:
+    """What this role is fit for, and the group roles whose rights it has."""
+    lacking: dict[str, list[str]] = {}
+    for role, what, held in await database.fetch(sql.RIGHTS):
+        lacking.setdefault(role, []).extend([] if held else [what])
+    if lacking["pgchan_publisher"] or lacking["pgchan_subscriber"]:  # of no use without them
+        lacking["pgchan_worker"] += lacking["pgchan_publisher"] + lacking["pgchan_subscriber"]
+        lacking["pgchan_admin"] += lacking["pgchan_publisher"] + lacking["pgchan_subscriber"]
+    has = {role for role, missing in lacking.items() if not missing}
+    if has:
+        return Finding("rights", True, "this role may " + ", ".join(MAY[role] for role in MAY if role in has)), has
+    names = ", ".join(dict.fromkeys(lacking["pgchan_publisher"] + lacking["pgchan_subscriber"]))
+    fix = "grant one of pgchan_publisher, pgchan_subscriber, pgchan_worker and pgchan_admin to it"
+    return Finding("rights", False, f"this role lacks rights on {names}; {fix}"), has
+
+
+async def _roles(database: AsyncpgDb) -> Finding:
+    found = await database.fetch(sql.ROLES)
+    if missing := [statement for statement, exists, _ in found if not exists]:
+        detail = "some are missing, so only the owner of the schema may use it; as one who may create roles: "
+        return Finding("roles", True, f"{detail}{'; '.join(missing)}; then as the owner: {sql.GRANT_ROLES}")
+    if not all(granted for _, _, granted in found):
+        return Finding("roles", False, f"they have no rights in this database; as its owner: {sql.GRANT_ROLES}")
+    return Finding("roles", True, ", ".join(MAY))
 
 
 async def _listening(database: AsyncpgDb) -> Finding:
@@ -77,8 +107,9 @@ async def _listening(database: AsyncpgDb) -> Finding:
         listener = await database.connect("doctor", direct=True)
         heard = asyncio.Event()
         try:
-            await listener.add_listener(LISTEN_NAMES[0], lambda *_: heard.set())
-            await database.fetch(sql.PING, LISTEN_NAMES[0])
+            name = f"pgchan_ping_{uuid.uuid4().hex[:16]}"
+            await listener.add_listener(name, lambda *_: heard.set())
+            await database.fetch(sql.PING, name)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(heard.wait(), HEAR_SECONDS)
         finally:
@@ -92,7 +123,7 @@ async def _listening(database: AsyncpgDb) -> Finding:
 
 async def _weather(database: AsyncpgDb) -> list[Finding]:
     """What changes from hour to hour."""
-    ((usage, oldest, pid, seconds, unknown, strangers),) = await database.fetch(sql.WEATHER)
+    ((usage, oldest, pid, seconds),) = await database.fetch(sql.WEATHER)
     findings = []
     if usage >= NOTIFY_USAGE:
         who = f"session {oldest} has the oldest" if oldest else "which one, only a role with pg_read_all_stats can see"
@@ -105,14 +136,26 @@ async def _weather(database: AsyncpgDb) -> list[Finding]:
         findings.append(Finding("old snapshot", False, detail))
     else:
         findings.append(Finding("old snapshot", True, "none"))
-    findings.append(
-        Finding("workers", not strangers, "each holds its own lock")
-        if not strangers
-        else Finding("workers", False, f"the lock of worker {strangers} is held by a session that is not its own")
-    )
-    if unknown:
-        detail = f"{unknown} run(s) have been ready for over a minute; is a worker with their workflow and queue up?"
-        findings.append(Finding("queues", False, detail))
-    else:
-        findings.append(Finding("queues", True, "no run waits for a worker"))
     return findings
+
+
+async def _strangers(database: AsyncpgDb) -> Finding:
+    """Who holds a lock that is not its own, at two looks: a watcher, or a worker that starts, does for a moment."""
+    first = await database.fetch(sql.STRANGERS)
+    if first:
+        await asyncio.sleep(STRANGER_SECONDS)
+    found = sorted({tuple(row) for row in first} & {tuple(row) for row in await database.fetch(sql.STRANGERS)})
+    if not found:
+        return Finding("workers", True, "each holds its own lock")
+    worker, pid, role = found[0]
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    detail = f"the lock of worker {worker} is held by session {pid} of role {role!r}, which is not its own{more}"
+    return Finding("workers", False, f"{detail}; end it with pg_terminate_backend, and see: pgchan harden")
+
+
+async def _late_runs(database: AsyncpgDb) -> Finding:
+    ((late,),) = await database.fetch(sql.LATE_RUNS)
+    if not late:
+        return Finding("queues", True, "no run waits for a worker")
+    detail = f"{late} run(s) have been ready for over a minute; is a worker with their workflow and queue up?"
+    return Finding("queues", False, detail)

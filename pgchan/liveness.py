@@ -20,9 +20,13 @@ The grace. A free lock is a suspicion, not yet a death: a live worker whose conn
 restarted (all locks go at once), takes its lock back at once and carries on under the same id. So a suspect is given
 the grace, counted from the first look that saw its lock free, on a connection that has not been cut since. Suspicions
 age side by side: several deaths cost one grace. A suspect that came back and was lost again is a new suspicion; the
-backend_pid in its row, renewed with each return, tells. Then `pgchan.reap` decides in the database: it takes the
-lock, or finds it held. Who returns takes the lock first too and looks for its row second: if that is gone it was
-superseded, drops everything and enters anew under another id.
+backend_pid in its row, renewed with each return, tells. Then `pgchan.reap` decides in the database: the session that
+the row names has the lock, or the worker is dead. Who returns takes the lock first and enters its new session into the
+row second: if that is gone it was superseded, drops everything and enters anew under another id.
+
+Strangers. Advisory locks are free for all, so another role may take the lock of a worker, now or when it dies. That
+delays nothing by more than a slice: the lock counts only in the hands of the session that the row names. A worker whose
+own lock was taken from it in a cut waits for it until its deadline and then enters anew. Both are said in the log.
 
 Self-fencing. `deadline` is the send time of the last acknowledged heartbeat plus 0.7 of the lease, by the monotonic
 clock; past it the engine stops its runs. The time of sending counts, because a heartbeat can hang for as long as a
@@ -74,6 +78,7 @@ LEAVE_SECONDS = 0.65
 IDS_MAX = 100  # a failover forgets at most 32 ids that a sequence has handed out
 
 LOCK_NOT_AVAILABLE = "55P03"
+_STRANGER = "the lock of worker %d is held by %s that is not worker %d; see pgchan doctor and pgchan harden"
 TRY_AGAIN = frozenset({LOCK_NOT_AVAILABLE, "40001", "40P01", "57014"})
 
 _log = logging.getLogger(__name__)
@@ -108,6 +113,8 @@ class Liveness:
         self._on_reaped = on_reaped
         self._stop = Stop()
         self._first: Session | None = None
+        self._strangers: set[tuple[int, int]] = set()  # workers and foreign sessions with their locks, at the last look
+        self._reported: set[tuple[int, int]] = set()  # those that were warned of
         self._pids: set[int] = set()  # sessions that may hold the lock, the current one among them
         self._threads: list[threading.Thread] = []
 
@@ -185,18 +192,21 @@ class Liveness:
         while True:
             sent = time.monotonic()
             taken = session.fetch(sql.TRY_LOCK, self.id) == [("t",)]
+            if taken and session.fetch(sql.COME_BACK, self.id, *self._who) == [("t",)]:
+                self._is_held(session, self.id, sent)
+                self._on_held(self.id, True)
+                return
             if session.fetch(sql.IS_OURS, self.id, *self._who) != [("t",)]:
                 self.deadline = -math.inf
                 session.fetch(sql.UNLOCK_ALL)
                 self._enter(session)
                 self._on_superseded(self.id)
                 return
-            if taken:
-                self._register(session, self.id, sent)
-                self._on_held(self.id, True)
-                return
             # A watcher has it for a moment, or a session of ours that does not know yet that it is cut off.
             session.fetch(sql.END_FORGOTTEN, self.id, "{" + ",".join(map(str, self._pids)) + "}")
+            if not self.alive and session.fetch(sql.REAP, self.id, seconds=REAP_SECONDS) != [(None,)]:
+                # Or a stranger, who may have it for ever. What this worker had to save is past its deadline.
+                _log.warning("%s; going on under another id", _STRANGER % (self.id, "a session", self.id))
             if session.wait(RETRY_SECONDS * random.uniform(0.5, 1.5)):  # noqa: S311
                 return
 
@@ -211,10 +221,13 @@ class Liveness:
                 self._register(session, worker, sent)
                 return
             session.fetch(sql.UNLOCK_ALL)
-        raise Cut(f"{IDS_MAX} ids in a row belong to other workers")
+        raise Cut(f"{IDS_MAX} ids in a row are locked by other sessions; see pgchan doctor and pgchan harden")
 
     def _register(self, session: Session, worker: int, sent: float) -> None:
         session.fetch(sql.REGISTER, worker, *self._who)
+        self._is_held(session, worker, sent)
+
+    def _is_held(self, session: Session, worker: int, sent: float) -> None:
         session.configure({"application_name": f"pgchan lock {worker}"})
         self._pids = {session.backend_pid}
         self.id = worker
@@ -239,7 +252,9 @@ class Liveness:
         suspects: when each was first seen without its lock, and when it is due here; the key is its id and the session
         that held it. It stays due then, although a newcomer may stand nearer to it by now: that one saw it later.
         """
-        rows = [(int(found or 0), int(pid or 0), held == "t") for found, pid, held in session.fetch(sql.LOOK)]
+        looked = session.fetch(sql.LOOK)
+        self._report({(int(found or 0), int(other)) for found, _, _, other in looked if other is not None})
+        rows = [(int(found or 0), int(pid or 0), held == "t") for found, pid, held, _ in looked]
         now = time.monotonic()
         until = now + self._slice
         watched: int | None = None
@@ -258,6 +273,15 @@ class Liveness:
             until = min(until, due) if due > now else until
         self._wait(session, watched, max(0.001, until - time.monotonic()))
         return seen
+
+    def _report(self, strangers: set[tuple[int, int]]) -> None:
+        """Warn once of each session that has a lock which is not its own, at two looks: a watcher soon lets go."""
+        for worker, pid in strangers & self._strangers:
+            if (worker, pid) not in self._reported:
+                self._reported.add((worker, pid))
+                _log.warning("%s", _STRANGER % (worker, f"session {pid}", worker))
+        self._strangers = strangers
+        self._reported &= strangers
 
     def _reap(self, session: Session, other: int) -> bool:
         try:
@@ -342,5 +366,7 @@ def _named(error: Cut | Refused) -> Error:
     if isinstance(error, Cut):
         return Unavailable(f"a worker cannot connect to the database: {error}")
     if error.sqlstate == "42501":
-        return UnsafeDeployment("this role may not run the routines of a worker; grant it EXECUTE on them")
+        return UnsafeDeployment(
+            "the database role may not be a worker; run: grant pgchan_worker to <the role>; or see: pgchan doctor"
+        )
     return Unavailable(f"a worker cannot register: the database refused with SQLSTATE {error.sqlstate}")

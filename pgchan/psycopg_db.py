@@ -36,7 +36,6 @@ LISTEN_SECONDS = 10.0  # the same for a statement of the listener
 HEAR_SECONDS = 0.25  # how soon the listening thread sees that the client is closed
 PING_SECONDS = 3.0  # how often the listener hears itself; it reconnects when it missed a ping
 KNOWN_MAX = 100_000  # channels whose id and type are remembered
-LOCK_CLASS = 1_885_823_848
 
 # What libpq says when a server is there but not ready; the rest of what it calls FATAL will not go away by waiting.
 _NOT_READY = (
@@ -161,9 +160,9 @@ class PsycopgDb:
         # Two connections, one lock: behind a session pooler the second cannot get it.
         key = uuid.uuid4().int % (1 << 24)
         with self.connect("probe") as first, self.connect("probe") as second:
-            first.execute(sql.PROBE_LOCK, (LOCK_CLASS + 1, key))
-            got = second.execute(sql.PROBE_LOCK, (LOCK_CLASS + 1, key)).fetchone()
-            first.execute(sql.PROBE_UNLOCK, (LOCK_CLASS + 1, key))
+            first.execute(sql.PROBE_LOCK, (key,))
+            got = second.execute(sql.PROBE_LOCK, (key,)).fetchone()
+            first.execute(sql.PROBE_UNLOCK, (key,))
             return got is not None and not got[0]
 
     def open(self) -> None:
@@ -236,7 +235,8 @@ class PsycopgDb:
     async def append_together(self, batches: Sequence[Batch]) -> list[Outcome]:
         """See Db."""
         if len(batches) == 1:
-            written = await self.call(sql.WRITE, *batches[0].arguments(), db.lock_wait(self._patience))
+            statement, arguments = batches[0].call(db.lock_wait(self._patience))
+            written = await self.call(statement, *arguments)
             return batches[0].outcomes(written)
         self.open()
         outcomes: list[Outcome] = []
@@ -245,7 +245,7 @@ class PsycopgDb:
         try:
             with self._pool.connection(self._patience) as connection, connection.transaction() as transaction:
                 for batch in batches:
-                    row = connection.execute(sql.APPEND_QUIETLY, batch.arguments()).fetchone()
+                    row = connection.execute(sql.APPEND_MESSAGES_QUIETLY, batch.messages()).fetchone()
                     assert row is not None
                     outcomes += batch.outcomes(row)
                     moved.update({i: head for i, head in zip(row[0], row[1], strict=True) if head is not None})
@@ -439,7 +439,7 @@ class _Writer:
             return
         try:
             connection = self._connected()
-            row = connection.execute(sql.WRITE, (*batch.arguments(), batch.lock_wait)).fetchone()
+            row = connection.execute(*batch.call(batch.lock_wait)).fetchone()
         except errors.Error as error:
             self._failed(batch, error)
         except DRIVER_ERRORS as error:
@@ -499,7 +499,7 @@ class _Writer:
         (queued,) = batch.queued
         assert queued.settle is not None
         try:
-            row = self._connected().execute(sql.WRITE, (*batch.arguments(), batch.lock_wait)).fetchone()
+            row = self._connected().execute(*batch.call(batch.lock_wait)).fetchone()
             assert row is not None
             queued.settle(batch.outcomes(row)[0])
         except errors.Error as error:

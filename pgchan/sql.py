@@ -9,23 +9,37 @@ from __future__ import annotations
 
 # ------------------------------------------------------------------------------------------------ writing
 
-# The batch of a writer: 15 arrays and a limit for waiting in, one row out. See `append` in schema.sql.
+# The batch of a writer, where it is nothing but messages: 9 arrays and a limit for waiting in, one row out. It is all
+# that a publisher may call, and has fewer arrays to spell out. See `append` and `append_messages` in schema.sql.
+WRITE_MESSAGES = """
+call pgchan.write_messages($1::bigint[], $2::text[], $3::text[], $4::bigint[], $5::integer[], $6::integer[],
+                           $7::integer[], $8::text[], $9::bytea[], $10::integer,
+                           null, null, null, null, null, null, null)
+"""
+
+# The batch of a worker's writer, with what the attempts of runs say and record: 15 arrays.
 WRITE = """
 call pgchan.write($1::bigint[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::integer[], $7::bigint[],
                   $8::integer[], $9::integer[], $10::smallint[], $11::text[], $12::text[], $13::integer[],
                   $14::bigint[], $15::bytea[], $16::integer, null, null, null, null, null, null, null)
 """
 
-# The same in the caller's transaction, announced within it (a NOTIFY is sent when its transaction commits).
-APPEND = """
+# Messages in the caller's transaction, announced within it (a NOTIFY is sent when its transaction commits).
+APPEND_MESSAGES = """
 select a.channel_ids, a.heads, a.bases, a.outcomes, a.at, a.positions, a.ats,
        pgchan.wake(a.channel_ids, a.heads, a.created)
-from pgchan.append($1::bigint[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::integer[], $7::bigint[],
-                   $8::integer[], $9::integer[], $10::smallint[], $11::text[], $12::text[], $13::integer[],
-                   $14::bigint[], $15::bytea[]) a
+from pgchan.append_messages($1::bigint[], $2::text[], $3::text[], $4::bigint[], $5::integer[], $6::integer[],
+                            $7::integer[], $8::text[], $9::bytea[]) a
 """
 
 # The same without the announcement, for callers that send it after their commit.
+APPEND_MESSAGES_QUIETLY = """
+select a.channel_ids, a.heads, a.bases, a.outcomes, a.at, a.positions, a.ats, a.created
+from pgchan.append_messages($1::bigint[], $2::text[], $3::text[], $4::bigint[], $5::integer[], $6::integer[],
+                            $7::integer[], $8::text[], $9::bytea[]) a
+"""
+
+# The batch of a run's attempt, in the transaction of its user.
 APPEND_QUIETLY = """
 select a.channel_ids, a.heads, a.bases, a.outcomes, a.at, a.positions, a.ats, a.created
 from pgchan.append($1::bigint[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::integer[], $7::bigint[],
@@ -78,7 +92,7 @@ where c.name not like 'pgchan:%' and c.name > $1::text and c.name like $2::text 
 """
 
 # A channel's type, before its first publish from this process.
-CHANNEL_ID = "select c.id, c.content_type from pgchan.channels c where c.name = $1::text"
+CHANNEL_ID = "select c.id, c.content_type from pgchan.find_channel($1::text) c where c.id is not null"
 
 # One page: the state of the channel on every row, and its messages from the reader's own position on. That row comes
 # along to be compared with the cursor: in the same statement, so no failover can fall between check and read. The left
@@ -285,45 +299,71 @@ select current_setting('server_version_num')::integer, current_setting('server_e
        current_database(), current_user
 """
 VERSION = "select pgchan.version()"
-# Routines and tables that this role may not use, in words; none if it may do everything.
-MISSING_RIGHTS = """
-select p.proname || '()' from pg_proc p join pg_namespace n on n.oid = p.pronamespace
-where n.nspname = 'pgchan' and p.proname in ('write', 'append', 'call_enqueue', 'call_deliver', 'claim', 'reap')
-  and not has_function_privilege(p.oid, 'execute')
-union all
-select t.name from unnest(array['channels', 'messages', 'runs', 'workers', 'final_messages', 'run_status']) t (name)
-where not has_table_privilege('pgchan.' || t.name, 'select')
+# What each of the four roles may do that those before it may not, and whether this session's role may.
+RIGHTS = """
+select g.name, x.what, case x.kind when 'routine' then has_function_privilege(p.oid, 'execute')
+                                   else has_table_privilege(c.oid, 'select') end
+from (values (1, 'pgchan_publisher'), (2, 'pgchan_subscriber'), (3, 'pgchan_worker'), (4, 'pgchan_admin')) g (n, name)
+join (values ('pgchan_publisher', 'routine', 'write_messages'), ('pgchan_publisher', 'routine', 'append_messages'),
+             ('pgchan_publisher', 'routine', 'call_enqueue'), ('pgchan_publisher', 'routine', 'call_deliver'),
+             ('pgchan_subscriber', 'table', 'channels'), ('pgchan_subscriber', 'table', 'messages'),
+             ('pgchan_subscriber', 'table', 'final_messages'), ('pgchan_subscriber', 'table', 'run_status'),
+             ('pgchan_subscriber', 'routine', 'ping'),
+             ('pgchan_worker', 'routine', 'write'), ('pgchan_worker', 'routine', 'append'),
+             ('pgchan_worker', 'routine', 'claim'), ('pgchan_worker', 'routine', 'take_lock'),
+             ('pgchan_worker', 'routine', 'reap'),
+             ('pgchan_admin', 'routine', 'trim_channel'), ('pgchan_admin', 'routine', 'delete_channel'),
+             ('pgchan_admin', 'routine', 'resume')) x (role, kind, what) on x.role = g.name
+join pg_namespace s on s.nspname = 'pgchan'
+left join pg_proc p on p.pronamespace = s.oid and p.proname = x.what and x.kind = 'routine'
+left join pg_class c on c.relnamespace = s.oid and c.relname = x.what and x.kind = 'table'
+order by g.n, x.what
 """
+# The four roles: what makes each, whether the server has it, and whether it may use the schema of this database.
+ROLES = """
+select format('create role %I', g.name), r.oid is not null, r.oid is not null and has_schema_privilege(r.oid, s.oid, 'usage')
+from unnest(array['pgchan_publisher', 'pgchan_subscriber', 'pgchan_worker', 'pgchan_admin']) with ordinality g (name, n)
+join pg_namespace s on s.nspname = 'pgchan' left join pg_roles r on r.rolname = g.name order by g.n
+"""
+GRANT_ROLES = "call pgchan.grant_roles()"
 # How full the NOTIFY queue is, and the session whose transaction has lasted longest, on the whole server: if it LISTENs
-# nobody can forget what was announced since. Who has held a snapshot of this database longest, and for how many
-# seconds; how many runs have been ready for a minute; a worker whose lock a foreign session holds.
+# nobody can forget what was announced since. Who has held a snapshot of this database longest, and for how many seconds.
 WEATHER = """
 select pg_notification_queue_usage(),
        (select a.pid from pg_stat_activity a
         where a.xact_start is not null and a.backend_type = 'client backend' and a.pid <> pg_backend_pid()
         order by a.xact_start limit 1),
-       s.pid, s.seconds,
-       (select count(*) from pgchan.runs r
-        where r.state = 'scheduled' and r.wake_at is null and r.created_at < clock_timestamp() - interval '1 minute'),
-       (select min(w.id) from pgchan.workers w join pg_locks l
-          on l.locktype = 'advisory' and l.classid = 1885823848 and l.objid = w.id::oid and l.objsubid = 2 and l.granted
-         and l.database = (select d.oid from pg_database d where d.datname = current_database())
-        where l.pid <> w.backend_pid)
+       s.pid, s.seconds
 from (select 1) one left join lateral (
   select a.pid, extract(epoch from clock_timestamp() - a.xact_start)::double precision as seconds
   from pg_stat_activity a where a.backend_xmin is not null and a.xact_start is not null and a.pid <> pg_backend_pid()
   order by age(a.backend_xmin) desc limit 1) s on true
 """
-PING = "select pg_notify($1::text, '')"
-PROBE_LOCK = "select pg_try_advisory_lock($1::integer, $2::integer)"
-PROBE_UNLOCK = "select pg_advisory_unlock($1::integer, $2::integer)"
+# How many runs have been ready for a minute.
+LATE_RUNS = """
+select count(*) from pgchan.runs r
+where r.state = 'scheduled' and r.wake_at is null and r.created_at < clock_timestamp() - interval '1 minute'
+"""
+# Sessions that hold the lock of a worker, or of an id that a worker may get, and are not the one that its row names.
+STRANGERS = """
+select l.objid::bigint, l.pid, coalesce(a.usename, 'unknown')
+from pg_locks l left join pgchan.workers w on w.id::oid = l.objid left join pg_stat_activity a on a.pid = l.pid
+where l.locktype = 'advisory' and l.classid = 1885823848 and l.objid <> 0::oid and l.objsubid = 2 and l.granted
+  and l.database = (select d.oid from pg_database d where d.datname = current_database())
+  and l.pid is distinct from w.backend_pid
+order by l.objid, l.pid limit 100
+"""
+PING = "select pgchan.ping($1::text)"
+PROBE_LOCK = "select pgchan.take_probe($1::integer)"
+PROBE_UNLOCK = "select pgchan.free_probe($1::integer)"
 
 # ------------------------------------------------------------------------------------------------ presence of workers
 
 # What liveness.py sends over its own sessions. A bare UNLOCK_ALL is safe there: they hold nothing else.
 NEW_WORKER = "select pgchan.new_worker()"
-TRY_LOCK = "select pg_try_advisory_lock(1885823848, $1::integer)"
-UNLOCK_ALL = "select pg_advisory_unlock_all()"
+TRY_LOCK = "select pgchan.take_lock($1::integer)"
+UNLOCK_ALL = "select pgchan.free_locks()"
+COME_BACK = "select pgchan.come_back($1::integer, $2::text, $3::text, $4::integer)"
 REGISTER = "select pgchan.register($1::integer, $2::text, $3::text, $4::integer)"
 LEAVE = "select pgchan.leave($1::integer)"
 REAP = "select pgchan.reap($1::integer)"
@@ -344,20 +384,20 @@ where l.locktype = 'advisory' and l.classid = 1885823848 and l.objid = $1::integ
   and l.pid = any ($2::integer[]) and l.pid <> pg_backend_pid()
 """
 
-# All workers, and whether the session that registered holds the lock. A watcher that was granted it a moment ago does
-# not count: two of them would take each other for the sign of life that they wait for.
+# All workers, whether the session that registered holds the lock, and another one that does. A watcher that was granted
+# it a moment ago does not count: two of them would take each other for the sign of life that they wait for.
 LOOK = """
-select w.id, w.backend_pid, l.pid is not null
+select w.id, w.backend_pid, coalesce(bool_or(l.pid = w.backend_pid), false),
+       min(l.pid) filter (where l.pid <> w.backend_pid)
 from pgchan.workers w left join pg_locks l
   on l.locktype = 'advisory' and l.classid = 1885823848 and l.objid = w.id::oid and l.objsubid = 2 and l.granted
-  and l.database = (select d.oid from pg_database d where d.datname = current_database()) and l.pid = w.backend_pid
+  and l.database = (select d.oid from pg_database d where d.datname = current_database())
+group by w.id, w.backend_pid
 """
 
-# One slice of watching. The setting lasts for this statement, which is a transaction of its own.
-WAIT_FOR_LOCK = """
-select set_config('lock_timeout', $2::text, true), pg_advisory_lock(1885823848, $1::integer)
-"""
-UNLOCK = "select pg_advisory_unlock(1885823848, $1::integer)"
+# One slice of watching. The limit lasts for this statement, which is a transaction of its own.
+WAIT_FOR_LOCK = "select pgchan.await_lock($1::integer, $2::integer)"
+UNLOCK = "select pgchan.free_lock($1::integer)"
 
 # Settings that this server does not know are left out. The session's own pid, which is not the one of the handshake if
 # a pooler stands between.

@@ -2,8 +2,8 @@
 
 How it works. A door has one connection for writing. Whatever has accumulated while a batch was on its way makes up
 the next one, which is sent as soon as the last is acknowledged: no timers, and under load the batches grow by
-themselves. A batch is one `call pgchan.write(…)`: atomic, one commit, one round trip, however many channels it
-touches.
+themselves. A batch is one `call pgchan.write(…)`, or `write_messages` where it is what a publisher may write: atomic,
+one commit, one round trip, however many channels it touches.
 
 Order is strictly that of arrival. Where an entry cannot go along (its channel is in the batch under another fence,
 its key is there already, a limit is reached) the batch ends before it. So a step's output never overtakes, nor is
@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from pgchan import sql
 from pgchan.db import Entry, Outcome, Row
 from pgchan.errors import Error
 from pgchan.names import PAGE_BYTES_MAX, PAGE_MESSAGES_MAX
@@ -141,6 +142,20 @@ class Batch:
             _or_null([e.attempt for e in entries]), _or_null([e.void_from for e in entries]), [e.body for e in entries],
         )  # fmt: skip
 
+    def call(self, lock_wait: int) -> tuple[str, tuple[object, ...]]:
+        """The call that writes this batch, in a transaction of its own, and its arguments."""
+        arguments = self.arguments()
+        messages = _messages(arguments)
+        if messages is None:
+            return sql.WRITE, (*arguments, lock_wait)
+        return sql.WRITE_MESSAGES, (*messages, lock_wait)
+
+    def messages(self) -> tuple[list[Any] | None, ...]:
+        """The 9 arrays of `pgchan.append_messages`, for a batch that holds nothing else."""
+        found = _messages(self.arguments())
+        assert found is not None, "an entry of a run's attempt needs the rights of a worker"
+        return found
+
     def outcomes(self, row: Row) -> list[Outcome]:
         """One outcome per entry, from the row that `pgchan.write` or `pgchan.append` returned."""
         channel_ids, _heads, bases, words, at, positions, ats = row[:7]
@@ -171,6 +186,14 @@ class Batch:
             if queued.entry.owner is not None:
                 found.setdefault(queued.entry.name, (queued.entry, []))[1].append(index)
         return list(found.values())
+
+
+def _messages(arguments: tuple[list[Any] | None, ...]) -> tuple[list[Any] | None, ...] | None:
+    """Of the arrays of `pgchan.append`, those of `pgchan.append_messages`; None if others say something too."""
+    ids, names, types, fences, owners, counts, inboxes, slots, nths, kinds, keys, *others, bodies = arguments
+    if any(array is not None for array in (fences, inboxes, kinds, *others)):
+        return None
+    return ids, names, types, owners, counts, slots, nths, keys, bodies
 
 
 class Waiting:

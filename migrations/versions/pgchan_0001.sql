@@ -166,6 +166,16 @@ begin
   end if;
 end $$;
 
+-- A NOTIFY from a listener to itself, by which it knows that it hears.
+create function pgchan.ping(name text) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  if name is null or name !~ '^pgchan_ping_[0-9a-f]{16}$' then
+    raise exception 'this is not the name of a ping' using errcode = 'PC001', hint = 'pgchan_ping_ and 16 digits of hex';
+  end if;
+  perform pg_notify(name, '');
+end $$;
+
 -- ------------------------------------------------------------------------------------------------ append
 
 -- Raise this transaction's commit to durable, whatever the session says; remote_apply is stronger and stays. A SET
@@ -216,8 +226,9 @@ end $$;
 -- Returns per group: channel_ids, heads (after the append; null where nothing was), outcomes, bases (position = base +
 -- nth). When a key of the batch is already stored, bases is null and the answer is per entry: positions, outcomes, ats.
 -- Outcomes: appended · repeated (this key with this body is stored at this position) · conflict (with another body) ·
--- missing (no such channel) · fenced · closed · type (the channel has another content type) · blocked (another group of
--- its owner was refused) · locked (somebody's open transaction has held this channel for lock_wait ms; only with it).
+-- missing (no such channel) · fenced (also: a journal, which takes nothing without a fence) · closed · type (the channel
+-- has another content type) · blocked (another group of its owner was refused) · locked (somebody's open transaction has
+-- held this channel for lock_wait ms; only with it).
 -- Locks the channels in id order. Called within a transaction it holds them until that commits, which is why a channel
 -- takes one publishing transaction at a time. lock_wait keeps one such transaction from delaying the other channels of
 -- the batch; null waits for all.
@@ -289,7 +300,7 @@ begin
     -- the batch, it takes two plain statements; everything else is told apart below.
     update pgchan.channels c set head = c.head + counts[1], inbox = greatest(c.inbox, inboxes[1])
       where c.id = (select k.id from pgchan.channels k where k.id = ids[1] for no key update skip locked)
-        and c.closed_at is null and (fences[1] is null or fences[1] = c.epoch)
+        and c.closed_at is null and (fences[1] = c.epoch or fences[1] is null and c.name not like 'pgchan:%')
       returning array[c.head - counts[1]], array[c.head], array['appended'] into bases, heads, outcomes;
     if found then
       at := clock_timestamp();
@@ -310,7 +321,8 @@ begin
     with judged as (
       select g.*, c.head,
         case when c.id is null then case when g.given is null and unborn then 'locked' else 'missing' end
-             when c.id = any (busy) then 'locked' when g.fence <> c.epoch then 'fenced'
+             when c.id = any (busy) then 'locked'
+             when g.fence <> c.epoch or g.fence is null and c.name like 'pgchan:%' then 'fenced'
              when c.closed_at is not null then 'closed'
              when g.given is null and g.type <> c.content_type then 'type' else 'appended' end as outcome
       from unnest(channel_ids, ids, types, fences, owners, counts, inboxes)
@@ -347,7 +359,8 @@ begin
     with judged as materialized (
       select e.*, g.id, g.owner, g.inbox, c.head, first."position" as stored_position, first.at as stored_at,
         case when c.id is null then case when g.given is null and unborn then 'locked' else 'missing' end
-             when c.id = any (busy) then 'locked' when g.fence <> c.epoch then 'fenced'
+             when c.id = any (busy) then 'locked'
+             when g.fence <> c.epoch or g.fence is null and c.name like 'pgchan:%' then 'fenced'
              when first."position" is not null
                then case when first.body = e.body and first.kind = e.kind then 'repeated' else 'conflict' end
              when c.closed_at is not null then 'closed'
@@ -390,7 +403,62 @@ begin
   end;
 end $$;
 
--- `append`, durable, then announced. What a client's writer calls, once per batch.
+-- `append` for those who may publish and nothing else: messages without step, fence or kind, to channels that are not
+-- pgchan's own. The arrays and the answer are those of `append`. Raises PC001 for a name or a key that is not legal.
+create function pgchan.append_messages(
+  ids bigint[], names text[], types text[], owners bigint[], counts integer[], slots integer[], nths integer[],
+  keys text[], bodies bytea[], lock_wait integer default null,
+  out channel_ids bigint[], out heads bigint[], out bases bigint[], out outcomes text[], out at timestamptz,
+  out positions bigint[], out ats timestamptz[], out created boolean)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+declare
+  stored record;
+begin
+  if array_position(ids, null) is not null then
+    perform pgchan.check_name(g.name) from unnest(ids, names) g (id, name) where g.id is null;
+  end if;
+  if keys is not null then
+    perform pgchan.check_key(k.key) from unnest(keys) k (key);
+  end if;
+  stored := pgchan.append(ids, names, types, null, owners, counts, null, slots, nths, null, keys, null, null, null,
+                          bodies, lock_wait);
+  channel_ids := stored.channel_ids;
+  heads := stored.heads;
+  bases := stored.bases;
+  outcomes := stored.outcomes;
+  at := stored.at;
+  positions := stored.positions;
+  ats := stored.ats;
+  created := stored.created;
+end $$;
+
+-- `append_messages`, durable, then announced. What a client's writer calls, once per batch that holds nothing else.
+create procedure pgchan.write_messages(
+  ids bigint[], names text[], types text[], owners bigint[], counts integer[], slots integer[], nths integer[],
+  keys text[], bodies bytea[], lock_wait integer,
+  inout channel_ids bigint[], inout heads bigint[], inout bases bigint[], inout outcomes text[], inout at timestamptz,
+  inout positions bigint[], inout ats timestamptz[])
+language plpgsql as $$
+#variable_conflict use_variable
+declare
+  stored record;
+  told boolean;
+begin
+  -- Assignments are evaluated as expressions; SELECT INTO and PERFORM would start an executor each, a tenth of the call.
+  stored := pgchan.append_messages(ids, names, types, owners, counts, slots, nths, keys, bodies, lock_wait);
+  channel_ids := stored.channel_ids;
+  heads := stored.heads;
+  bases := stored.bases;
+  outcomes := stored.outcomes;
+  at := stored.at;
+  positions := stored.positions;
+  ats := stored.ats;
+  commit;
+  told := pgchan.wake(channel_ids, heads, stored.created) is null;
+end $$;
+
+-- `append`, durable, then announced. What the writer of a worker calls.
 create procedure pgchan.write(
   ids bigint[], names text[], types text[], fences bigint[], owners bigint[], counts integer[], inboxes bigint[],
   slots integer[], nths integer[], kinds smallint[], keys text[], steps text[], attempts integer[], voids bigint[],
@@ -403,7 +471,6 @@ declare
   stored record;
   told boolean;
 begin
-  -- Assignments are evaluated as expressions; SELECT INTO and PERFORM would start an executor each, a tenth of the call.
   stored := pgchan.append(ids, names, types, fences, owners, counts, inboxes,
                           slots, nths, kinds, keys, steps, attempts, voids, bodies, lock_wait);
   channel_ids := stored.channel_ids;
@@ -431,11 +498,28 @@ begin
   end if;
 end $$;
 
+-- Raise InvalidInput (PC001) unless the key is legal; null is. Keys with "pgchan:" tell what a run has consumed.
+create function pgchan.check_key(key text) returns void
+language plpgsql immutable security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  if octet_length(key) not between 1 and 200 or key like 'pgchan:%' then
+    raise exception 'key is not legal' using errcode = 'PC001', hint = '1 to 200 bytes, not beginning with "pgchan:"';
+  end if;
+end $$;
+
+-- The id and the type of a channel, null if there is none of this name: what one must know to publish to it.
+create function pgchan.find_channel(name text, out id bigint, out content_type text)
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
+  select c.id, c.content_type from pgchan.channels c
+  where c.name = find_channel.name and c.name not like 'pgchan:%'
+$$;
+
 -- Create a channel. created is false if it exists; content_type is then the type it has.
 create function pgchan.create_channel(name text, inout content_type text, ttl double precision, out created boolean)
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_variable
 begin
+  perform pgchan.check_name(name);
   perform pgchan.force_durability();
   insert into pgchan.channels as c (name, content_type, ttl, expires_at)
     values (name, content_type, ttl, clock_timestamp() + make_interval(secs => ttl))
@@ -455,6 +539,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   channel pgchan.channels;
 begin
+  perform pgchan.check_name(name);
   perform pgchan.force_durability();
   perform from pgchan.runs r join pgchan.channels c on c.id = r.channel_id
     where c.name = close_channel.name and r.ended_at is null for update of r;
@@ -556,6 +641,7 @@ declare
   journal bigint;
   existing pgchan.runs;
 begin
+  perform pgchan.check_name(run);
   perform pgchan.force_durability();
   insert into pgchan.channels as c (name) values (run) on conflict on constraint channels_name_key do nothing;
   -- The row stays locked until this commits, so of two concurrent starts the second sees the first one's run.
@@ -778,11 +864,11 @@ language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   order by m."position"
 $$;
 
--- One entry to one channel that the caller knows to be open. For this file's own control messages.
+-- One entry to one channel that the caller has locked and knows to be open. For this file's own control messages.
 create function pgchan.append_one(channel bigint, kind integer, key text, step text, body bytea) returns bigint
 language sql security definer set search_path = pg_catalog, pg_temp as $$
   select a.heads[1] from pgchan.append(
-    array[channel], null, null, null, null, null, null,
+    array[channel], null, null, array[(select c.epoch from pgchan.channels c where c.id = channel)], null, null, null,
     null, null, array[kind::smallint], array[key], array[step], null, null, array[body]) a
 $$;
 
@@ -851,6 +937,7 @@ declare
   target pgchan.runs;
   stored record;
 begin
+  perform pgchan.check_key(key);
   perform pgchan.force_durability();
   select r.* into target from pgchan.runs r join pgchan.channels c on c.id = r.channel_id
     where c.name = run for update of r;
@@ -1014,6 +1101,44 @@ language sql volatile security definer set search_path = pg_catalog, pg_temp as 
   select nextval('pgchan.workers_id_seq')::integer
 $$;
 
+-- Locks on workers' ids, which belong to the session that asks for them, as PostgreSQL's own functions give them. These
+-- exist so that `pgchan harden` can take those away from everybody else. 0 is not a worker: it is what migrators lock.
+create function pgchan.take_lock(worker integer) returns boolean
+language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
+  select case when worker > 0 then pg_try_advisory_lock(1885823848, worker) end
+$$;
+
+-- Wait for a lock, for so many milliseconds at most (55P03).
+create function pgchan.await_lock(worker integer, milliseconds integer) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  if worker > 0 then
+    perform set_config('lock_timeout', milliseconds || 'ms', true);
+    perform pg_advisory_lock(1885823848, worker);
+  end if;
+end $$;
+
+create function pgchan.free_lock(worker integer) returns boolean
+language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
+  select pg_advisory_unlock(1885823848, worker)
+$$;
+
+create function pgchan.free_locks() returns void
+language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
+  select pg_advisory_unlock_all()
+$$;
+
+-- Locks that mean nothing: two sessions that both get one of them are one session, behind a transaction pooler.
+create function pgchan.take_probe(key integer) returns boolean
+language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
+  select pg_try_advisory_lock(1885823849, key)
+$$;
+
+create function pgchan.free_probe(key integer) returns boolean
+language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
+  select pg_advisory_unlock(1885823849, key)
+$$;
+
 -- Enter a worker that holds the lock on its id in this very session, or note the session that holds it now.
 create function pgchan.register(worker integer, name text, host text, pid integer) returns void
 language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
@@ -1022,19 +1147,39 @@ language sql volatile security definer set search_path = pg_catalog, pg_temp as 
   on conflict (id) do update set backend_pid = pg_backend_pid()
 $$;
 
+-- Note that this worker's lock is held by this very session now. False if it was taken for dead: its row is gone, or
+-- is that of another worker which was given the same id.
+create function pgchan.come_back(worker integer, name text, host text, pid integer) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+begin
+  update pgchan.workers w set backend_pid = pg_backend_pid()
+    where w.id = worker and w.name = come_back.name and w.host = come_back.host and w.pid = come_back.pid;
+  return found;
+end $$;
+
 -- Take a dead worker's runs back into their queues and remove it. Returns how many they were, 0 also if somebody else
--- has reaped it. Null if it is alive after all (the lock, which this transaction tries to take, is held) or if some of
--- its runs have channels that a caller's open transaction has locked: the others are taken, and this is called again.
+-- has reaped it. Null if it is alive after all (the session in its row holds the lock) or if some of its runs have
+-- channels that a caller's open transaction has locked: the others are taken, and this is called again.
+-- The lock counts only in the hands of the session that the row names. Anybody may take any advisory lock, and a
+-- stranger that sits on this one must not keep a dead worker alive.
 create function pgchan.reap(worker integer) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
+  session integer;
   held integer;
 begin
   perform pgchan.force_durability();
+  -- Waits for a claim that is under way; and `come_back` either is done, and seen below, or finds the row gone.
+  select w.backend_pid into session from pgchan.workers w where w.id = reap.worker for update;
   if not pg_try_advisory_xact_lock(1885823848, worker) then
-    return null;
+    perform from pg_locks l join pg_database d on d.oid = l.database
+      where d.datname = current_database() and l.locktype = 'advisory' and l.classid = 1885823848
+        and l.objid = worker::oid and l.objsubid = 2 and l.granted and l.pid = session;
+    if found then
+      return null;
+    end if;
   end if;
-  perform from pgchan.workers w where w.id = reap.worker for update;  -- waits for a claim that is under way
   select count(*) into held from pgchan.runs r where r.worker = reap.worker;
   perform pgchan.release(worker, null, 50);
   perform from pgchan.runs r where r.worker = reap.worker;
@@ -1087,9 +1232,8 @@ begin
   elsif octet_length(body::text) > 1048576 then
     raise exception 'body has % bytes; at most 1048576', octet_length(body::text)
       using errcode = 'PC001', hint = 'store large things elsewhere and publish their address';
-  elsif octet_length(key) not between 1 and 200 or key like 'pgchan:%' then
-    raise exception 'key is not legal' using errcode = 'PC001', hint = '1 to 200 bytes, not beginning with "pgchan:"';
   end if;
+  perform pgchan.check_key(key);
 end $$;
 
 -- Publish in the caller's transaction; the position. Readers see and hear of it when that commits; until then the
@@ -1229,5 +1373,89 @@ language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   where s.id = status.run
 $$;
 
+-- ------------------------------------------------------------------------------------------------ roles
+
 -- Nobody but the owner may call a routine until a role is given the right to.
 revoke all on all routines in schema pgchan from public;
+
+-- Who may do what, through four roles that nobody logs in as: grant them to those who do. What is not in this list is
+-- the owner's alone. The routines that end in _messages, enqueue and deliver decide for themselves what a publisher may
+-- write; append trusts its caller, so it is a worker's. What may be read is never written but by routines.
+--
+-- Roles belong to the server, not to the database: another database may have made them, be making them now, or use them
+-- when this one is gone. So they are made where that is possible, taken as they are where they exist, and never dropped.
+-- If some are missing, because the migrating role may not create roles, nothing is granted: make them as somebody who
+-- may, and call this again as the owner. Calling it again is harmless. In plain SQL and no table of names, so that a
+-- routine which is gone fails here and not later.
+create procedure pgchan.grant_roles()
+language plpgsql as $$
+begin
+  -- Each by itself: where another database's migration is making it as well, one of the two waits and finds it there.
+  begin
+    if pg_catalog.to_regrole('pgchan_publisher') is null then
+      create role pgchan_publisher nologin;
+    end if;
+  exception when duplicate_object or unique_violation or insufficient_privilege then
+  end;
+  begin
+    if pg_catalog.to_regrole('pgchan_subscriber') is null then
+      create role pgchan_subscriber nologin;
+    end if;
+  exception when duplicate_object or unique_violation or insufficient_privilege then
+  end;
+  begin
+    if pg_catalog.to_regrole('pgchan_worker') is null then
+      create role pgchan_worker nologin;
+    end if;
+  exception when duplicate_object or unique_violation or insufficient_privilege then
+  end;
+  begin
+    if pg_catalog.to_regrole('pgchan_admin') is null then
+      create role pgchan_admin nologin;
+    end if;
+  exception when duplicate_object or unique_violation or insufficient_privilege then
+  end;
+  if pg_catalog.to_regrole('pgchan_publisher') is null or pg_catalog.to_regrole('pgchan_subscriber') is null
+     or pg_catalog.to_regrole('pgchan_worker') is null or pg_catalog.to_regrole('pgchan_admin') is null then
+    return;
+  end if;
+
+  grant usage on schema pgchan to pgchan_publisher, pgchan_subscriber, pgchan_worker, pgchan_admin;
+  grant execute on routine pgchan.version to pgchan_publisher, pgchan_subscriber, pgchan_worker, pgchan_admin;
+
+  -- A publisher writes messages, starts runs, signals and cancels them; it reads nothing.
+  grant execute on routine
+    pgchan.publish, pgchan.start, pgchan.signal, pgchan.cancel,        -- in SQL
+    pgchan.append_messages, pgchan.write_messages, pgchan.find_channel, pgchan.create_channel, pgchan.close_channel,
+    pgchan.enqueue, pgchan.call_enqueue, pgchan.deliver, pgchan.call_deliver, pgchan.wake
+    to pgchan_publisher, pgchan_worker, pgchan_admin;
+
+  -- A subscriber reads everything but what runs were started with; it writes nothing.
+  grant execute on routine
+    pgchan.read, pgchan.status,                                        -- in SQL
+    pgchan.as_json,                                                    -- run_status calls it, with the reader's rights
+    pgchan.ping, pgchan.take_probe, pgchan.free_probe                  -- its LISTEN connection
+    to pgchan_subscriber, pgchan_worker, pgchan_admin;
+  grant select on
+    pgchan.channels, pgchan.messages, pgchan.workers,
+    pgchan.final_messages, pgchan.run_status, pgchan.channel_status, pgchan.worker_status
+    to pgchan_subscriber, pgchan_worker, pgchan_admin;
+  grant select (channel_id, journal_id, workflow, version, queue, priority, state, wake_at, worker, attempt, speaks_from,
+                deadline, result, error, parent, created_at, started_at, ended_at)
+    on pgchan.runs to pgchan_subscriber, pgchan_worker, pgchan_admin;
+
+  -- A worker does both and executes runs. `expire` removes only what has outlived the time it was created for.
+  grant execute on routine
+    pgchan.append, pgchan.write, pgchan.claim, pgchan.suspend, pgchan.finish, pgchan.call_finish, pgchan.continue_run,
+    pgchan.release, pgchan.expire,
+    pgchan.new_worker, pgchan.register, pgchan.come_back, pgchan.leave, pgchan.reap,
+    pgchan.take_lock, pgchan.await_lock, pgchan.free_lock, pgchan.free_locks
+    to pgchan_worker, pgchan_admin;
+
+  -- An administrator does all of it, and what loses or revives something.
+  grant execute on routine
+    pgchan.trim_channel, pgchan.delete_channel, pgchan.resume, pgchan.fork, pgchan.call_fork
+    to pgchan_admin;
+end $$;
+revoke all on procedure pgchan.grant_roles() from public;
+call pgchan.grant_roles();
