@@ -180,6 +180,29 @@ def doctor(dsn: str | None, as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
+@commands.command()
+@_with_dsn
+@_with_json
+@click.option("--undo", is_flag=True, help="Give everybody the functions back.")
+@click.option("--dry-run", is_flag=True, help="Print the statements and run none.")
+def harden(dsn: str | None, as_json: bool, undo: bool, dry_run: bool) -> None:
+    """Let advisory locks and pg_notify() be used through pgchan only, in this database. Takes a superuser.
+
+    Without it another role can hold the locks of workers and keep new ones from starting. Prints the statements that it
+    ran, as SQL. Running it again does nothing.
+    """
+    from pgchan import harden as program
+
+    statements = program.harden(dsn, undo=undo, dry_run=dry_run)
+    if as_json:
+        console.print_rows([{"statement": statement, "done": not dry_run} for statement in statements], as_json)
+        return
+    for statement in statements or ["-- nothing to change"]:
+        click.echo(statement + ";" * (not statement.startswith("--")))
+    for note in () if undo else program.NOTES:
+        click.echo(f"-- {note}")
+
+
 # ---- channels
 
 

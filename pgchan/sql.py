@@ -321,7 +321,8 @@ order by g.n, x.what
 """
 # The four roles: what makes each, whether the server has it, and whether it may use the schema of this database.
 ROLES = """
-select format('create role %I', g.name), r.oid is not null, r.oid is not null and has_schema_privilege(r.oid, s.oid, 'usage')
+select format('create role %I', g.name), r.oid is not null,
+       r.oid is not null and has_schema_privilege(r.oid, s.oid, 'usage')
 from unnest(array['pgchan_publisher', 'pgchan_subscriber', 'pgchan_worker', 'pgchan_admin']) with ordinality g (name, n)
 join pg_namespace s on s.nspname = 'pgchan' left join pg_roles r on r.rolname = g.name order by g.n
 """
@@ -356,6 +357,49 @@ order by l.objid, l.pid limit 100
 PING = "select pgchan.ping($1::text)"
 PROBE_LOCK = "select pgchan.take_probe($1::integer)"
 PROBE_UNLOCK = "select pgchan.free_probe($1::integer)"
+
+# ------------------------------------------------------------------------------------------------ harden
+
+# Whether this session's role is a superuser, and where it is.
+MAY_HARDEN = """
+select r.rolsuper, to_regnamespace('pgchan') is not null, current_database()
+from pg_roles r where r.rolname = current_user
+"""
+# What is still to be run to take the 21 functions for advisory locks, and pg_notify, from PUBLIC and give them to the
+# owner of pgchan's routines.
+HARDEN = """
+with functions as (
+  select format('pg_catalog.%I(%s)', p.proname, oidvectortypes(p.proargtypes)) as name,
+         coalesce(p.proacl, acldefault('f', p.proowner)) as acl
+  from pg_proc p
+  where p.pronamespace = 'pg_catalog'::regnamespace and p.proname ~ '^(pg_notify$|pg_advisory_|pg_try_advisory_)')
+select s.statement from (
+  select f.name, 1 as n, format('grant execute on function %s to %I', f.name, o.rolname) as statement
+  from functions f cross join pg_roles o
+  where o.oid in (select p.proowner from pg_proc p where p.pronamespace = 'pgchan'::regnamespace)
+    and not exists (select from aclexplode(f.acl) a where a.grantee = o.oid)
+  union all
+  select f.name, 2, format('revoke execute on function %s from public', f.name)
+  from functions f where exists (select from aclexplode(f.acl) a where a.grantee = 0)) s
+order by s.name, s.n
+"""
+# What is still to be run to give them back.
+SOFTEN = """
+with functions as (
+  select format('pg_catalog.%I(%s)', p.proname, oidvectortypes(p.proargtypes)) as name, p.proowner,
+         coalesce(p.proacl, acldefault('f', p.proowner)) as acl
+  from pg_proc p
+  where p.pronamespace = 'pg_catalog'::regnamespace and p.proname ~ '^(pg_notify$|pg_advisory_|pg_try_advisory_)')
+select s.statement from (
+  select f.name, 1 as n, format('grant execute on function %s to public', f.name) as statement
+  from functions f where not exists (select from aclexplode(f.acl) a where a.grantee = 0)
+  union all
+  select f.name, 2, format('revoke execute on function %s from %I', f.name, o.rolname)
+  from functions f cross join pg_roles o
+  where o.oid in (select p.proowner from pg_proc p where p.pronamespace = 'pgchan'::regnamespace)
+    and o.oid <> f.proowner and exists (select from aclexplode(f.acl) a where a.grantee = o.oid)) s
+order by s.name, s.n
+"""
 
 # ------------------------------------------------------------------------------------------------ presence of workers
 

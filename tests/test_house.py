@@ -29,8 +29,8 @@ ROWS: tuple[tuple[set[str], ...], ...] = (
     ({"asyncpg_db", "psycopg_db"}, {"sqlalchemy"}, {"aio", "sync"}),
     ({"session"}, {"liveness"}, {"attempt"}, {"transactions"}, {"steps"}, {"blocking"}, {"worker"}),
     (
-        {"migrations"}, {"migrate"}, {"env"}, {"doctor"}, {"server"}, {"console"}, {"serve"}, {"testing"}, {"examples"},
-        {"embedded"}, {"demo"}, {"cli"},
+        {"migrations"}, {"migrate"}, {"env"}, {"doctor", "harden"}, {"server"}, {"console"}, {"serve"}, {"testing"},
+        {"examples"}, {"embedded"}, {"demo"}, {"cli"},
     ),
 )  # fmt: skip
 # Only these may import drivers, asyncio or threading. What is inside is coroutines over Db, and does no I/O; callers.py
