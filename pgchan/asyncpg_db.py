@@ -26,7 +26,7 @@ import asyncpg
 from pgchan import db, errors, sql
 from pgchan.db import Entry, Known, Outcome, Row
 from pgchan.names import POSITION_MAX
-from pgchan.wakeups import LISTEN_NAMES, SWEEP_SECONDS, Followed, Hub, Watch
+from pgchan.wakeups import LISTEN_NAMES, SWEEP_SECONDS, Followed, Hub, Pace, Watch
 from pgchan.writer import Batch, Queued, Settle, Waiting
 
 CONNECT_SECONDS = 5.0  # for one try
@@ -312,15 +312,14 @@ class AsyncpgDb:
     async def watch_end(self, channel_id: int) -> AsyncEnding:
         """See Db."""
         await self.listener.start()
-        return AsyncEnding(self.listener.hub, channel_id)
+        return AsyncEnding(self.listener, channel_id)
 
     async def wait_end(self, ending: db.Ending, seconds: float) -> None:
         """See Db."""
         assert isinstance(ending, AsyncEnding)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await ending.event.wait()
-        ending.event.clear()
+                await ending.wait()
         self.listener.check_open()
 
     def announce(self, ids: list[int], heads: list[int], created: bool, queues: list[str]) -> None:
@@ -609,6 +608,7 @@ class Listener:
         self._db = owner
         self._waiters: dict[Followed, list[asyncio.Future[bool]]] = {}  # the result: whether there is news
         self.hub = Hub(self._announce)
+        self.ends = Pace()  # of all who wait for a channel's end
         self.state = "idle"
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
@@ -807,17 +807,28 @@ class AsyncFollow:
 class AsyncEnding:
     """One caller's interest in a channel's end."""
 
-    __slots__ = ("_hub", "_watch", "event")
+    __slots__ = ("_listener", "_looked", "_told", "_watch")
 
-    def __init__(self, hub: Hub, channel_id: int) -> None:
-        self.event = asyncio.Event()
-        self._hub = hub
-        self._watch = Watch(channel_id, POSITION_MAX, self.event.set)
-        hub.watch(self._watch)
+    def __init__(self, listener: Listener, channel_id: int) -> None:
+        self._told = asyncio.Event()
+        self._looked = False
+        self._listener = listener
+        self._watch = Watch(channel_id, POSITION_MAX, self._told.set)
+        listener.hub.watch(self._watch)
+
+    async def wait(self) -> None:
+        """Until the channel may have ended. Who waits again was told so, looked, and found that it had not."""
+        pace = self._listener.ends
+        if self._looked:
+            pace.looked(False, time.monotonic())
+            await asyncio.sleep(pace.pause(time.monotonic()))
+        await self._told.wait()
+        self._told.clear()
+        self._looked = True
 
     def unfollow(self) -> None:
         """See Ending."""
-        self._hub.unwatch(self._watch)
+        self._listener.hub.unwatch(self._watch)
 
 
 # ------------------------------------------------------------------------------------------------ small things

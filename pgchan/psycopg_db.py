@@ -27,7 +27,7 @@ from pgchan import db, errors, sql
 from pgchan.db import Entry, Known, Outcome, Row
 from pgchan.model import Message
 from pgchan.names import POSITION_MAX
-from pgchan.wakeups import LISTEN_NAMES, SWEEP_SECONDS, Followed, Hub, Watch
+from pgchan.wakeups import LISTEN_NAMES, SWEEP_SECONDS, Followed, Hub, Pace, Watch
 from pgchan.writer import Batch, Queued, Waiting
 
 CONNECT_SECONDS = 5
@@ -293,8 +293,7 @@ class PsycopgDb:
     async def wait_end(self, ending: db.Ending, seconds: float) -> None:
         """See Db."""
         assert isinstance(ending, BlockingEnding)
-        ending.event.wait(seconds)
-        ending.event.clear()
+        ending.wait(seconds)
         self.listener.check_open()
 
     def known(self, name: str) -> Known | None:
@@ -525,6 +524,7 @@ class Listener:
         self._db = owner
         self.changed = threading.Condition()
         self.hub = Hub(lambda _: self.changed.notify_all())
+        self.ends = Pace()  # of all who wait for a channel's end
         self.state = "idle"
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -684,11 +684,23 @@ class BlockingEnding:
     """One caller's interest in a channel's end."""
 
     def __init__(self, listener: Listener, channel_id: int) -> None:
-        self.event = threading.Event()
+        self._told = threading.Event()
+        self._looked = False
         self._listener = listener
-        self._watch = Watch(channel_id, POSITION_MAX, self.event.set)
+        self._watch = Watch(channel_id, POSITION_MAX, self._told.set)
         with listener.changed:
             listener.hub.watch(self._watch)
+
+    def wait(self, seconds: float) -> None:
+        """Until the channel may have ended, or the time is over. See AsyncEnding."""
+        until = time.monotonic() + seconds
+        if self._looked:
+            with self._listener.changed:
+                self._listener.ends.looked(False, time.monotonic())
+                pause = self._listener.ends.pause(time.monotonic())
+            time.sleep(min(pause, seconds))
+        self._looked = self._told.wait(max(0.0, until - time.monotonic()))
+        self._told.clear()
 
     def unfollow(self) -> None:
         """See Ending."""

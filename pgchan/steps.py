@@ -418,12 +418,11 @@ class Child:
                 if ending is None:
                     ending = await attempt.db.watch_end(channel_id)
                     continue
-                told = asyncio.ensure_future(ending.event.wait())
+                told = asyncio.ensure_future(ending.wait())
                 try:
                     await attempt.park(told, runs.RESULT_WAIT_SECONDS * 360, self.id)
                 finally:
                     told.cancel()
-                ending.event.clear()
         finally:
             if ending is not None:
                 ending.unfollow()

@@ -33,9 +33,32 @@ BUFFER_BYTES_MAX = 1 << 20
 MOVED_MESSAGES_MAX = 500  # per channel and read
 MOVED_BYTES_MAX = 1 << 20
 EARLY_MAX = 10_000  # channels that are remembered while new followers are looked up; the sweep covers the rest
+LOOKS_FREE = 10
+LOOK_SECONDS = 0.1  # a claim is two statements, so that invented hints cause twenty a second
+LOOK_PAUSE_SECONDS_MAX = 1.0  # what a lost wakeup costs; many who look share one pace
 MOVED_FEW = 8  # of a single channel, without a bound on bytes: 8 MiB at most
 _NO_CHANNEL = (None, None, None)
 CHANGED = -1  # a hint's head: something else than messages has changed
+
+
+class Pace:
+    """Bounds what invented hints can cost those who look for themselves: so many looks in a row that find nothing are
+    free (several workers hear of one run), then it is one each LOOK_SECONDS. A look that finds something forgives all.
+    """
+
+    __slots__ = ("_due",)
+
+    def __init__(self) -> None:
+        self._due = 0.0
+
+    def looked(self, found: bool, now: float) -> None:
+        """Take in what a look has found."""
+        free = LOOKS_FREE * LOOK_SECONDS
+        self._due = 0.0 if found else min(max(self._due, now) + LOOK_SECONDS, now + free + LOOK_PAUSE_SECONDS_MAX)
+
+    def pause(self, now: float) -> float:
+        """Seconds to wait before the next look."""
+        return max(0.0, self._due - now - LOOKS_FREE * LOOK_SECONDS)
 
 
 @dataclass(eq=False, slots=True)

@@ -33,7 +33,7 @@ from pgchan.journal import describe_error
 from pgchan.liveness import Liveness
 from pgchan.points import point
 from pgchan.steps import Run, current
-from pgchan.wakeups import SWEEP_SECONDS, Watch
+from pgchan.wakeups import SWEEP_SECONDS, Pace, Watch
 from pgchan.workflows import DEFAULT_QUEUE, Workflow
 
 CLAIM_MAX = 100  # runs per claim; more in one transaction would keep others waiting
@@ -75,6 +75,8 @@ class Worker:
         self.id = 0
         self._held: dict[int, Attempt] = {}
         self._dirty: set[int] = set()
+        self._claims = Pace()
+        self._inboxes = Pace()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False
         self._check_due = 0.0  # time.monotonic() at which to compare with what the database says
@@ -296,6 +298,7 @@ class Worker:
     # -- claiming
 
     async def _claim_loop(self, liveness: Liveness) -> None:
+        await asyncio.sleep(self._claims.pause(time.monotonic()))
         hinted = self._claim_soon.is_set()
         self._claim_soon.clear()
         if liveness.alive:
@@ -321,7 +324,9 @@ class Worker:
         """Take what is ready, as far as there is room."""
         self._is_full = True
         while not self._stopping and (room := min(CLAIM_MAX, self.concurrency - len(self._held))) > 0:
-            if await self._claim(room) < room:
+            claimed = await self._claim(room)
+            self._claims.looked(claimed > 0, time.monotonic())
+            if claimed < room:
                 self._is_full = False
                 return
 
@@ -374,6 +379,7 @@ class Worker:
 
     async def _pump_inbox(self) -> None:
         await self._inbox_soon.wait()
+        await asyncio.sleep(self._inboxes.pause(time.monotonic()))
         self._inbox_soon.clear()
         dirty, self._dirty = self._dirty, set()
         attempts = [self._held[id] for id in dirty if id in self._held]
@@ -390,6 +396,7 @@ class Worker:
         by_channel: dict[int, list[Any]] = {}
         for row in rows:
             by_channel.setdefault(row[0], []).append(row)
+        self._inboxes.looked(any(_is_news(attempt, by_channel) for attempt in attempts), time.monotonic())
         for attempt in attempts:
             found = by_channel.get(attempt.claimed.channel_id, [])
             if found and attempt.watch is not None:
@@ -508,6 +515,13 @@ class Worker:
             except errors.Error as error:
                 # When the lock is held again _check_held returns it; if this worker dies, its reaper does.
                 log.warning("run %s could not be handed back: %s", attempt.claimed.run, error)
+
+
+def _is_news(attempt: Attempt, rows: dict[int, list[Any]]) -> bool:
+    """Whether rows of sql.INBOX say anything that this attempt has not heard of."""
+    _, epoch, head, closed, *_ = rows.get(attempt.claimed.channel_id, [(None,) * 4])[0]
+    known = attempt.watch.known if attempt.watch is not None else 0
+    return bool(epoch != attempt.claimed.epoch or closed or head > known)
 
 
 def _by_name(workflows: Iterable[Workflow[Any, Any]]) -> dict[str, Workflow[Any, Any]]:
