@@ -1,8 +1,14 @@
-"""Another role invents wakeups, ten thousand a second: latency is all that it costs, and little of that."""
+"""What a role without any right can still do, as PostgreSQL is: invent wakeups, and sit on the locks of workers.
+
+It costs latency, and is reported. What it takes to forbid it is in test_harden.py.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +18,10 @@ import psycopg
 import pytest
 from doors import Door, Reading, query
 from logins import Logins
-from workers import Workers
+from workers import Processes, Workers
 
 import pgchan
+from pgchan import doctor, errors
 
 READS = 20  # a second, that hints which lead to nothing may cost a process: of messages, of ends, of claims
 SECONDS = 3.0
@@ -22,7 +29,8 @@ RATE = 10_000
 BURST = 50
 
 # BURST hints, some without any sense, the others that something has happened to one of these channels, at a position
-# that is higher each time; that there are new channels; that a queue has work. Payloads must differ from each other, or the server sends them once.
+# that is higher each time; that there are new channels; that a queue has work. Payloads must differ, or the server
+# sends them once.
 HINTS = """
 select pg_notify(case n %% 10 when 0 then 'pgchan_new' when 1 then 'pgchan_queue' when 2 then 'pgchan_99'
                               else 'pgchan_' || i %% 16 end,
@@ -147,3 +155,119 @@ async def test_a_worker(dsn: str, logins: Logins, wait_until: Callable[..., Any]
         assert late < 3.0
     finally:
         await workers.close()
+
+
+# ------------------------------------------------------------------------------------------------ squatted locks
+
+
+class Squatter:
+    """A session of a role without rights that takes the lock of a worker, as soon as that is free, and keeps it."""
+
+    def __init__(self, dsn: str, worker: int) -> None:
+        self._connection = psycopg.connect(dsn, autocommit=True)
+        self.pid = self._connection.info.backend_pid
+        self.got = threading.Event()
+        self._thread = threading.Thread(target=self._take, args=[worker])
+        self._thread.start()
+
+    def _take(self, worker: int) -> None:
+        with contextlib.suppress(psycopg.Error):
+            self._connection.execute("select pg_advisory_lock(1885823848, %s)", [worker])
+            self.got.set()
+
+    def close(self) -> None:
+        with contextlib.suppress(psycopg.Error):
+            self._connection.cancel()
+        self._thread.join()
+        self._connection.close()
+
+
+@pytest.fixture
+def squat(dsn: str, logins: Logins) -> Iterator[Callable[[int], Squatter]]:
+    """Take the lock of this worker, or wait for it."""
+    started: list[Squatter] = []
+
+    def begin(worker: int) -> Squatter:
+        started.append(Squatter(logins.of(), worker))
+        return started[-1]
+
+    yield begin
+    for one in started:
+        one.close()
+
+
+def is_queued(dsn: str, squatter: Squatter) -> bool:
+    waiting = "select 1 from pg_locks where pid = %s and locktype = 'advisory' and not granted"
+    return query(dsn, waiting, squatter.pid) != []
+
+
+async def reported(dsn: str) -> str:
+    findings = {finding.check: finding for finding in await doctor.check(dsn)}
+    return "" if findings["workers"].is_fine else findings["workers"].detail
+
+
+async def test_a_squatted_lock_does_not_keep_a_dead_worker_alive_and_is_reported(
+    dsn: str, squat: Callable[[int], Squatter], processes: Processes, workers: Workers, wait_until: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    caplog.set_level(logging.WARNING, "pgchan")
+    first = await processes.start("first")
+    async with pgchan.AsyncClient(dsn) as client:
+        handle = await client.start("everything", id="r")
+        await wait_until(lambda: query(dsn, "select worker from pgchan.run_status") == [("first",)])
+        (id,) = first.told("started")[0][2:]
+        await workers.start(name="second")
+        squatter = squat(id)
+        await wait_until(lambda: is_queued(dsn, squatter))
+        assert await reported(dsn) == "", "who waits for a lock does not hold it"
+        killed = first.kill()
+        await asyncio.to_thread(squatter.got.wait, 10)
+        await wait_until(lambda: query(dsn, "select worker from pgchan.run_status") == [("second",)])
+        # A grace of 0.3 s, and the slice of 0.6 s for which the watcher waits behind the squatter.
+        assert time.monotonic() - killed < 5
+        assert squatter.got.is_set() and not is_queued(dsn, squatter)
+        await handle.signal("one")
+        await handle.signal("two")
+        assert await handle.result(10) == ["one", "two"]
+        detail = await reported(dsn)
+    assert re.search(rf"worker {id} is held by session {squatter.pid} of role '.+_0', which is not its own", detail)
+    assert f"the lock of worker {id} is held by session {squatter.pid} that is not worker {id}" in caplog.text
+
+
+async def test_a_worker_whose_lock_was_taken_in_a_cut_goes_on_under_another_id(
+    dsn: str, squat: Callable[[int], Squatter], workers: Workers, wait_until: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    caplog.set_level(logging.WARNING, "pgchan")
+    worker = await workers.start(name="alone", lease=2.0)
+    before = worker.id
+    async with pgchan.AsyncClient(dsn) as client:
+        handle = await client.start("everything", id="r")
+        await wait_until(lambda: query(dsn, "select state from pgchan.run_status") == [("running",)])
+        squatter = squat(before)
+        await wait_until(lambda: is_queued(dsn, squatter))
+        query(dsn, "select pg_terminate_backend(backend_pid) from pgchan.workers")
+        await wait_until(lambda: worker.id != before)
+        assert squatter.got.is_set()
+        assert query(dsn, "select id from pgchan.workers") == [(worker.id,)]
+        await handle.signal("one")
+        await handle.signal("two")
+        assert await handle.result(10) == ["one", "two"]
+    assert f"the lock of worker {before} is held by a session that is not worker {before}" in caplog.text
+
+
+async def test_a_worker_starts_past_ids_whose_locks_are_taken(
+    dsn: str, squat: Callable[[int], Squatter], workers: Workers
+) -> None:
+    ((last,),) = query(dsn, "select pgchan.new_worker()")
+    for id in range(last + 1, last + 4):
+        assert squat(id).got.wait(10)
+    assert (await workers.start()).id == last + 4
+    assert "(and 2 more)" in await reported(dsn)
+
+
+async def test_a_worker_that_finds_every_id_taken_says_what_to_do(dsn: str, logins: Logins, workers: Workers) -> None:
+    with psycopg.connect(logins.of(), autocommit=True) as stranger:
+        stranger.execute("select count(pg_advisory_lock(1885823848, n)) from generate_series(1, 1000) n")
+        with pytest.raises(errors.Unavailable, match="pgchan harden"):
+            await workers.start()
