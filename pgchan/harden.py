@@ -18,7 +18,7 @@ from pgchan.errors import Error, SchemaMismatch, Unavailable, UnsafeDeployment
 
 NOTES = (
     "other roles of this database now need a grant for advisory locks and for the function pg_notify",
-    "LISTEN and NOTIFY are commands and cannot be revoked: wakeups carry no data, and invented ones cost a read",
+    "the commands LISTEN and NOTIFY cannot be revoked: wakeups carry no data, and invented ones cost latency only",
 )
 
 

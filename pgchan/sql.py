@@ -2,7 +2,7 @@
 
 Writes are calls of the routines in schema.sql; reads stand here. Statements are static text with `$n` parameters,
 each cast, so that both drivers and SQLAlchemy send the same text and the server never guesses a type. The worker's
-presence (locks, heartbeats) is in the last section.
+presence (locks, heartbeats) is in the last section. Long, because SQL stands here and nowhere else.
 """
 
 from __future__ import annotations

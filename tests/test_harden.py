@@ -198,7 +198,7 @@ def test_what_a_dry_run_prints_does_the_same_in_psql(owned: tuple[str, str, Logi
     dsn, owner, _ = owned
     script = command(owner, "--dry-run")
     assert script.returncode == 0
-    assert "LISTEN and NOTIFY are commands and cannot be revoked" in script.stdout
+    assert "the commands LISTEN and NOTIFY cannot be revoked" in script.stdout
     psql = [binary("psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", dsn]
     subprocess.run(psql, input=script.stdout, text=True, check=True, timeout=60)
     assert harden.harden(dsn) == []
