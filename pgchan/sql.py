@@ -328,7 +328,7 @@ join pg_namespace s on s.nspname = 'pgchan' left join pg_roles r on r.rolname = 
 """
 GRANT_ROLES = "call pgchan.grant_roles()"
 # How full the NOTIFY queue is, and the session whose transaction has lasted longest, on the whole server: if it LISTENs
-# nobody can forget what was announced since. Who has held a snapshot of this database longest, and for how many seconds.
+# nobody can forget what was announced since. Who has held a snapshot of this database longest, and for how long.
 WEATHER = """
 select pg_notification_queue_usage(),
        (select a.pid from pg_stat_activity a
