@@ -126,7 +126,7 @@ class AsyncpgDb:
         db.check_deployment(row)
         # A pooler invents the backend pid that it tells its clients.
         self._pooled = self._pooled or connection.get_server_pid() != row[6]
-        db.check_version(await connection.fetchval(sql.VERSION))
+        db.check_version(await connection.fetchrow(sql.VERSION))
 
     async def look_back(self, connection: Connection) -> None:
         """Let workers see whether the server behind a new connection has what they wrote over earlier ones."""

@@ -20,7 +20,9 @@ from pgchan.model import MESSAGE, Message
 if TYPE_CHECKING:
     from pgchan.writer import Batch
 
-SCHEMA_VERSION = "pgchan_0001"  # what pgchan.version() must say
+# Revisions compare as text. A deploy migrates first: the new schema serves old code until pgchan.serves() ends that.
+SCHEMA_VERSION = "pgchan_0001"  # the newest revision that this code knows
+SCHEMA_OLDEST = "pgchan_0001"  # the oldest on which it has all that it needs
 
 T = TypeVar("T")
 Row = Sequence[Any]
@@ -229,13 +231,18 @@ def check_deployment(row: Row) -> None:
         )
 
 
-def check_version(found: str) -> None:
-    """Refuse a schema that this code was not made for."""
-    if found != SCHEMA_VERSION:
-        older = found < SCHEMA_VERSION
+def check_version(row: Row) -> None:
+    """Refuse a schema that lacks what this code needs, or no longer has what this code knows; row: sql.VERSION."""
+    found, serves = row
+    if found < SCHEMA_OLDEST:
         raise errors.SchemaMismatch(
-            f"the database is at {found}, this code needs {SCHEMA_VERSION}; "
-            + ("run: pgchan migrate" if older else "install the pgchan release that made it"),
+            f"the database is at {found}, this code needs {SCHEMA_OLDEST}; run: pgchan migrate",
+            found=found, wanted=SCHEMA_OLDEST,
+        )  # fmt: skip
+    if serves > SCHEMA_VERSION:
+        raise errors.SchemaMismatch(
+            f"the database is at {found} and serves code of {serves} and later, this code is of {SCHEMA_VERSION}; "
+            f"install a newer pgchan",
             found=found, wanted=SCHEMA_VERSION,
         )  # fmt: skip
 
@@ -300,7 +307,7 @@ _ROLES: dict[str, frozenset[str]] = {
     }),
     "pgchan_subscriber": frozenset({
         "read", "status", "as_json", "ping", "take_probe", "free_probe", "channels", "messages", "runs", "workers",
-        "final_messages", "run_status", "channel_status", "worker_status", "pgchan", "version",
+        "final_messages", "run_status", "channel_status", "worker_status", "pgchan", "version", "serves",
     }),
     "pgchan_admin": frozenset({"trim_channel", "delete_channel", "resume", "fork", "call_fork"}),
 }  # fmt: skip

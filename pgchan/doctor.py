@@ -45,7 +45,7 @@ async def check(dsn: str | None = None, control_dsn: str | None = None) -> list[
         await database.open()
         milliseconds = (time.monotonic() - began) * 1000
         findings.append(Finding("connection", True, f"reached, and fit to write to ({milliseconds:.0f} ms)"))
-        findings.append(Finding("schema", True, db.SCHEMA_VERSION))
+        findings.append(await _schema(database))
         rights, roles = await _rights(database)
         findings += [rights, await _roles(database)]
         if "pgchan_subscriber" in roles:
@@ -67,6 +67,15 @@ _WHAT: dict[type[errors.Error], str] = {
     errors.UnsafeDeployment: "deployment",
     errors.Unavailable: "connection",
 }
+
+
+async def _schema(database: AsyncpgDb) -> Finding:
+    ((found, _serves),) = await database.fetch(sql.VERSION)
+    if found > db.SCHEMA_VERSION:
+        return Finding("schema", True, f"{found}; it still serves this code, which is of {db.SCHEMA_VERSION}")
+    if found < db.SCHEMA_VERSION:
+        return Finding("schema", True, f"{found}; this code knows {db.SCHEMA_VERSION}, to get it run: pgchan migrate")
+    return Finding("schema", True, str(found))
 
 
 MAY = {

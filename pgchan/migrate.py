@@ -23,7 +23,8 @@ from sqlalchemy import Connection, StaticPool, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
 from pgchan import dsn as dsns
-from pgchan import migrations
+from pgchan import migrations, sql
+from pgchan.db import check_version
 from pgchan.errors import Error, InvalidInput, SchemaMismatch, Unavailable, UnsafeDeployment
 
 CONNECT_SECONDS = 10  # libpq would wait for as long as the kernel retries, about two minutes
@@ -34,12 +35,14 @@ _alembic_is_not_thread_safe = threading.Lock()
 def upgrade(dsn: str | None, revision: str = "head") -> str | None:
     """Bring the database up to `revision` and return the revision that it has then.
 
-    A database that is there already, or beyond, is left as it is. Raises InvalidInput, SchemaMismatch (made by a newer
-    pgchan), UnsafeDeployment (the role may not), Unavailable.
+    A database that is there already, or beyond, is left as it is; so is one that a newer pgchan made, if it serves this
+    code. Raises InvalidInput, SchemaMismatch (it does not), UnsafeDeployment (the role may not), Unavailable.
     """
     with _alembic_is_not_thread_safe, _reported(), connect(dsn) as connection:
-        found = _current(connection)
-        if _is_below(found, _check_revision(revision)):
+        target, found = _check_revision(revision), _current(connection)
+        if found is not None and not _is_known(found):
+            check_version(connection.execute(text(sql.VERSION)).one())
+        elif _is_below(found, target):
             command.upgrade(_config(connection), revision)
         return _current(connection)
 
@@ -75,6 +78,8 @@ def leads_down(dsn: str | None, revision: str) -> bool:
     """Whether `revision` is below the one that the database has. Raises as `upgrade` does."""
     with _reported(), connect(dsn) as connection:
         target, found = _check_revision(revision), _current(connection)
+        if not _is_known(found):  # made by a newer pgchan
+            return target != _check_revision("head")
         return found != target and not _is_below(found, target)
 
 
@@ -150,17 +155,24 @@ def _check_revision(revision: str) -> str | None:
     return script.revision
 
 
+def _is_known(revision: str | None) -> bool:
+    """Whether this code has the migrations that led to a revision."""
+    try:
+        ScriptDirectory(str(_directory())).get_revision(revision or "base")
+    except CommandError:
+        return False
+    return True
+
+
 def _is_below(found: str | None, target: str | None) -> bool:
     """Whether a database at `found` has not been through `target`."""
     directory = ScriptDirectory(str(_directory()))
-    try:
-        directory.get_revision(found or "base")
-    except CommandError:
+    if not _is_known(found):
         wanted = directory.get_current_head() or "base"
         raise SchemaMismatch(
             f"the database has revision {found!r}, this code knows none after {wanted!r}; install a newer pgchan",
             found=found, wanted=wanted,
-        ) from None  # fmt: skip
+        )  # fmt: skip
     been = {script.revision for script in directory.iterate_revisions(found, "base")} if found else set()
     return target is not None and target not in been
 

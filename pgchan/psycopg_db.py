@@ -147,7 +147,7 @@ class PsycopgDb:
                 self._pooled = self._pooled or connection.info.backend_pid != row[6]
                 version = connection.execute(sql.VERSION).fetchone()
                 assert version is not None
-                db.check_version(version[0])
+                db.check_version(version)
             self._checked = True
 
     def check_control(self) -> None:

@@ -126,6 +126,11 @@ create view pgchan.final_messages as
 create function pgchan.version() returns text
 language sql immutable security definer set search_path = pg_catalog, pg_temp as $$ select 'pgchan_0001' $$;
 
+-- The oldest revision whose code this schema serves: all that this code calls and reads is here, and means what it meant.
+-- A migration that takes something of it away raises this; until then old processes go on through a deploy.
+create function pgchan.serves() returns text
+language sql immutable security definer set search_path = pg_catalog, pg_temp as $$ select 'pgchan_0001' $$;
+
 -- ------------------------------------------------------------------------------------------------ wakeups
 
 -- Announce that channels have moved, that channels were created, that queues have work. A hint without content: names
@@ -1421,7 +1426,7 @@ begin
   end if;
 
   grant usage on schema pgchan to pgchan_publisher, pgchan_subscriber, pgchan_worker, pgchan_admin;
-  grant execute on routine pgchan.version to pgchan_publisher, pgchan_subscriber, pgchan_worker, pgchan_admin;
+  grant execute on routine pgchan.version, pgchan.serves to pgchan_publisher, pgchan_subscriber, pgchan_worker, pgchan_admin;
 
   -- A publisher writes messages, starts runs, signals and cancels them; it reads nothing.
   grant execute on routine

@@ -298,7 +298,8 @@ select current_setting('server_version_num')::integer, current_setting('server_e
        pg_is_in_recovery(), pg_backend_pid(), to_regprocedure('pgchan.version()') is not null,
        current_database(), current_user
 """
-VERSION = "select pgchan.version()"
+# What the schema is, and the oldest code that it serves.
+VERSION = "select pgchan.version(), pgchan.serves()"
 # What each of the four roles may do that those before it may not, and whether this session's role may.
 RIGHTS = """
 select g.name, x.what, case x.kind when 'routine' then has_function_privilege(p.oid, 'execute')

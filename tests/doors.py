@@ -127,3 +127,13 @@ def query(dsn: str, statement: str, *args: object) -> list[tuple[Any, ...]]:
     with psycopg.connect(dsn, autocommit=True) as connection:
         cursor = connection.execute(statement.encode(), args or None)
         return cursor.fetchall() if cursor.description else []
+
+
+def pretend(dsn: str, found: str, serves: str) -> None:
+    """Let a database say that it is at another revision, and which code it serves."""
+    for routine, revision in (("version", found), ("serves", serves)):
+        query(
+            dsn,
+            f"create or replace function pgchan.{routine}() returns text language sql immutable security definer "
+            f"set search_path = pg_catalog, pg_temp as $$ select '{revision}' $$",
+        )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import psycopg
 import pytest
+from doors import pretend
 
-from pgchan import doctor
+from pgchan import db, doctor
 from pgchan.errors import InvalidInput
 
 
@@ -27,14 +28,17 @@ async def test_a_database_that_was_not_migrated_is_told_the_command(empty_dsn: s
 
 
 async def test_a_newer_schema_is_told_apart_from_an_older_one(dsn: str) -> None:
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        connection.execute(
-            "create or replace function pgchan.version() returns text language sql immutable security definer "
-            "set search_path = pg_catalog, pg_temp as $$ select 'pgchan_9999' $$"
-        )
+    pretend(dsn, "pgchan_9999", "pgchan_9998")
     is_fine, detail = (await verdicts(dsn))["schema"]
     assert not is_fine
-    assert "install the pgchan release" in detail
+    assert "install a newer pgchan" in detail
+
+
+async def test_a_newer_schema_that_serves_this_code_is_fine_and_named(dsn: str) -> None:
+    pretend(dsn, "pgchan_9999", db.SCHEMA_VERSION)
+    is_fine, detail = (await verdicts(dsn))["schema"]
+    assert is_fine
+    assert detail == f"pgchan_9999; it still serves this code, which is of {db.SCHEMA_VERSION}"
 
 
 async def test_a_lock_that_a_stranger_holds_is_reported(dsn: str) -> None:
@@ -58,7 +62,8 @@ async def test_runs_that_nobody_takes_are_reported(dsn: str) -> None:
 async def test_a_role_without_rights_is_told_which(dsn: str) -> None:
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute("create role pgchan_test_nobody login; grant usage on schema pgchan to pgchan_test_nobody;"
-                           "grant execute on function pgchan.version() to pgchan_test_nobody")  # fmt: skip
+                           "grant execute on function pgchan.version(), pgchan.serves() "
+                           "to pgchan_test_nobody")  # fmt: skip
         try:
             user = connection.info.user
             other = dsn.replace(f"{user}@", "pgchan_test_nobody@").replace(f"{user}:", "pgchan_test_nobody:")

@@ -16,7 +16,7 @@ from typing import Any
 import psycopg
 import pytest
 from cluster import Cluster, on_database
-from doors import Door, Reading, query
+from doors import Door, Reading, pretend, query
 from proxy import Proxy
 from storm import Storm, bodies, terminate
 
@@ -377,7 +377,7 @@ async def test_settings_of_a_role_do_not_reach_pgchans_connections(
 
 async def test_a_role_without_rights_is_told_what_it_lacks(door: Door, role: tuple[str, str]) -> None:
     query(door.dsn, f"revoke execute on all routines in schema pgchan from {role[1]}")
-    query(door.dsn, f"grant execute on function pgchan.version() to {role[1]}")
+    query(door.dsn, f"grant execute on function pgchan.version(), pgchan.serves() to {role[1]}")
     client = door.client(role[0])
     for call in (client.channel("c").publish(1), client.channel("c").close(), client.channel("c").publish_many([1])):
         with pytest.raises(errors.UnsafeDeployment, match="grant"):
@@ -402,11 +402,13 @@ async def test_a_database_that_is_not_fit_is_refused_with_the_fix(
     assert (caught.value.found, caught.value.wanted) == (None, db.SCHEMA_VERSION)
     for version, fix in (("pgchan_9999", "install"), ("pgchan_0000", "pgchan migrate")):
         other = make_database(template)
-        function = "create or replace function pgchan.version() returns text language sql immutable"
-        query(other, f"{function} as $$ select '{version}' $$")
+        pretend(other, version, version)
         with pytest.raises(errors.SchemaMismatch, match=fix) as caught:
             await door.client(other).channel("c").read()
         assert caught.value.found == version
+    other = make_database(template)
+    pretend(other, "pgchan_9999", db.SCHEMA_VERSION)
+    assert await door.client(other).channel("c").read() == []
     readonly = make_database(template)
     name = psycopg.conninfo.conninfo_to_dict(readonly)["dbname"]
     query(readonly, f"alter database {name} set default_transaction_read_only = on")

@@ -38,7 +38,7 @@ NOBODY: frozenset[str] = frozenset()
 
 # A routine that is added needs a decision here.
 ROUTINES = {
-    ALL: {"version"},
+    ALL: {"version", "serves"},
     WRITES: {
         "publish", "start", "signal", "cancel", "append_messages", "write_messages", "find_channel", "create_channel",
         "close_channel", "enqueue", "call_enqueue", "deliver", "call_deliver", "wake",
@@ -254,7 +254,7 @@ def test_in_its_own_transaction_a_role_may_do_the_same(dsn: str, logins: Logins,
 
 
 IN_SQL = {
-    "select pgchan.version()": ALL,
+    "select pgchan.version(), pgchan.serves()": ALL,
     "select pgchan.publish('chat', '1')": WRITES,
     "select pgchan.start('work')": WRITES,
     "select pgchan.signal('scheduled', '1')": WRITES,

@@ -49,6 +49,7 @@ drop routine
   pgchan.register(integer, text, text, integer),
   pgchan.release(integer, bigint[], integer),
   pgchan.resume(text),
+  pgchan.serves(),
   pgchan.settle(bigint, text, bytea, bytea),
   pgchan.signal(text, jsonb, text),
   pgchan.start(text, jsonb, text, text),
