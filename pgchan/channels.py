@@ -147,13 +147,17 @@ def refusal(entry: Entry, outcome: Outcome) -> errors.Error:
 
 def check_batch(bodies: Sequence[Any], keys: Sequence[str | None] | None) -> list[str | None]:
     """The keys of a batch, one per body, each legal and none twice."""
+    for what, given in (("bodies", bodies), ("keys", keys if keys is not None else ())):
+        # A str is a sequence too, but nobody means its characters.
+        if not isinstance(given, Sequence) or isinstance(given, str | bytes | bytearray | memoryview):
+            raise errors.InvalidInput(f"{what} must be a sequence, such as a list, not {type(given).__name__}")
     if keys is None:
         return [None] * len(bodies)
     if len(keys) != len(bodies):
         raise errors.InvalidInput(f"keys must be one per body: {len(keys)} keys, {len(bodies)} bodies")
     checked = [names.check_key(key) for key in keys]
-    given = [key for key in checked if key is not None]
-    if len(set(given)) != len(given):
+    named = [key for key in checked if key is not None]
+    if len(set(named)) != len(named):
         raise errors.InvalidInput("keys of one batch must differ from each other")
     return checked
 
@@ -265,6 +269,7 @@ class Tail:
 
         Raises HistoryLost and Trimmed.
         """
+        names.check_seconds(wait, "wait")
         if self._follow is None:
             # Follow first, read then: what is published in between is announced to us already.
             self._follow = await self._db.follow(self._name)

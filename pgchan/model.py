@@ -9,7 +9,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 from pgchan import codec, names
-from pgchan.errors import InvalidInput
 
 Kind = Literal["message", "signal", "control"]
 State = Literal["scheduled", "running", "waiting", "succeeded", "failed", "cancelled"]
@@ -188,8 +187,7 @@ class Retry:
         names.check_integer(self.attempts, "Retry.attempts", 1, 1_000_000)
         names.check_seconds(self.delay, "Retry.delay")
         names.check_seconds(self.max_delay, "Retry.max_delay")
-        if isinstance(self.backoff, bool) or not isinstance(self.backoff, int | float) or not 1 <= self.backoff <= 1000:
-            raise InvalidInput(f"Retry.backoff must be from 1 to 1000, not {self.backoff!r}")
+        names.check_number(self.backoff, "Retry.backoff", 1, 1000)
 
     def seconds(self, failed: int) -> float:
         """How long to wait after the `failed`-th failure, from 1."""

@@ -5,7 +5,6 @@ Each `check_…` returns the value in its one form or raises InvalidInput that n
 
 from __future__ import annotations
 
-import math
 import re
 import uuid
 from datetime import timedelta
@@ -82,20 +81,27 @@ def check_label(label: object, what: str) -> str:
 
 def check_key(key: object) -> str | None:
     """An idempotency key: None, or 1–200 bytes of UTF-8 without NUL."""
-    if key is None:
-        return None
+    return None if key is None else _check_key(key, "key")
+
+
+def check_step(step: object) -> str:
+    """The name under which a step is recorded: its label, perhaps with "#n", which is a key of the journal."""
+    return _check_key(step, "step")
+
+
+def _check_key(key: object, what: str) -> str:
     if not isinstance(key, str):
-        raise InvalidInput(f"key must be a str, not {type(key).__name__}")
+        raise InvalidInput(f"{what} must be a str, not {type(key).__name__}")
     try:
         size = len(key.encode())
     except UnicodeEncodeError:
-        raise InvalidInput("key holds a lone surrogate, which UTF-8 cannot carry") from None
+        raise InvalidInput(f"{what} holds a lone surrogate, which UTF-8 cannot carry") from None
     if not 1 <= size <= KEY_BYTES_MAX:
-        raise InvalidInput(f"key must have 1 to {KEY_BYTES_MAX} bytes, not {size}")
+        raise InvalidInput(f"{what} must have 1 to {KEY_BYTES_MAX} bytes, not {size}")
     if "\0" in key:
-        raise InvalidInput("key may not hold a NUL character")
+        raise InvalidInput(f"{what} may not hold a NUL character")
     if key.startswith(RESERVED_PREFIX):
-        raise InvalidInput(f"key may not begin with {RESERVED_PREFIX!r}; pgchan keeps it for itself")
+        raise InvalidInput(f"{what} may not begin with {RESERVED_PREFIX!r}; pgchan keeps it for itself")
     return key
 
 
@@ -104,8 +110,17 @@ def check_integer(value: object, what: str, least: int, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidInput(f"{what} must be an int, not {type(value).__name__}")
     if not least <= value <= most:
-        raise InvalidInput(f"{what} must be from {least} to {most}, not {value}")
+        raise InvalidInput(f"{what} must be from {least} to {most}, not {_shown(value)}")
     return value
+
+
+def check_number(value: object, what: str, least: float, most: float) -> float:
+    """An int or a float (not a bool, not NaN) from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidInput(f"{what} must be a number, not {type(value).__name__}")
+    if not least <= value <= most:
+        raise InvalidInput(f"{what} must be from {least:g} to {most:g}, not {_shown(value)}")
+    return float(value)
 
 
 def check_limit(limit: object) -> int:
@@ -119,14 +134,19 @@ def check_seconds(value: object, what: str, least: float = 0.0) -> float:
         value = value.total_seconds()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidInput(f"{what} must be a number of seconds, not {type(value).__name__}")
-    if not math.isfinite(value) or not least <= value <= DURATION_SECONDS_MAX:
-        raise InvalidInput(f"{what} must be from {least:g} s to ten years, not {value!r}")
+    if not least <= value <= DURATION_SECONDS_MAX:  # nor is NaN
+        raise InvalidInput(f"{what} must be from {least:g} s to ten years, not {_shown(value)}")
     return float(value)
 
 
 def check_optional_seconds(value: object, what: str, least: float = 0.0) -> float | None:
     """None, or a duration as `check_seconds` takes it."""
     return None if value is None else check_seconds(value, what, least)
+
+
+def _shown(value: float) -> str:
+    # Python refuses to write out an int of thousands of digits, and cannot make it a float.
+    return repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "a number of more than 20 digits"
 
 
 def format_cursor(position: int, at_us: int) -> str:

@@ -717,6 +717,8 @@ def translate(error: BaseException, *, writing: bool) -> errors.Error:
         return error
     if isinstance(error, psycopg.Error):
         diag = error.diag
+        if error.sqlstate is None and isinstance(error, psycopg.DataError):
+            return db.translate("22000", "", None, writing=False)  # an argument that psycopg itself does not send
         return db.translate(error.sqlstate, diag.message_primary or "", diag.message_hint, writing=writing)
     return db.translate(None, "", None, writing=writing)
 

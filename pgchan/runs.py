@@ -84,7 +84,11 @@ async def listing(
 ) -> list[RunStatus]:
     """Runs, newest first; see AsyncClient.runs."""
     if state is not None and state not in STATES:
-        raise errors.InvalidInput(f"state must be one of {', '.join(STATES)}, not {state!r}")
+        raise errors.InvalidInput(f"state must be one of {', '.join(STATES)}, not {state!r:.60}")
+    if workflow is not None:
+        names.check_label(workflow, "workflow")
+    if queue is not None:
+        names.check_label(queue, "queue")
     if after is not None:
         names.check_name(after, "after")
     rows = await db.fetch(sql.RUNS, state, workflow, queue, names.check_limit(limit), after)
@@ -159,7 +163,7 @@ async def resume(db: Db, run: str) -> None:
 
 async def fork(db: Db, run: str, step: str, id: str | None) -> tuple[str, bool]:
     """Start a run from another's record; see RunHandle.fork. The new id, and whether this call started it."""
-    names.check_key(step)
+    names.check_step(step)
     new = names.check_run(id) if id is not None else names.new_run_id()
     try:
         (outcome, _) = await db.call(sql.FORK, run, step, new)

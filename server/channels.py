@@ -8,7 +8,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from pgchan import AsyncChannel, Message, Page, names
+from pgchan import AsyncChannel, InvalidInput, Message, Page, RunNotFound, names
 from pgchan.server.endpoint import EVENT_STREAM, JSON, Call, Endpoint, Site
 from pgchan.server.problems import Problem, bad_request
 from pgchan.server.sse import EventStream
@@ -89,10 +89,22 @@ async def publish(call: Call) -> Response:
         raise bad_request("close must be true or false")
     await call.require("publish", channel.name)
     check_size(call, given["body"])
+    if is_last:
+        await _check_closable(call, channel.name)
     message = await channel.publish(given["body"], key=key)
     if is_last:
         await channel.close()
     return message_answer(message)
+
+
+async def _check_closable(call: Call, name: str) -> None:
+    """Refuse what cannot be closed before the message that should be its last is stored."""
+    try:
+        status = await call.client.run(name).status()
+    except (InvalidInput, RunNotFound):  # no run has, or could have, this name
+        return
+    if not status.is_ended:
+        raise InvalidInput(f"channel {name!r} belongs to a run that has not ended; cancel the run instead")
 
 
 async def delete(call: Call) -> Response:

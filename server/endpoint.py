@@ -33,6 +33,8 @@ from pgchan.server.fanout import Fanouts
 from pgchan.server.problems import Problem, bad_request, forbidden, problem, unauthorized
 
 URL_BYTES_MAX = 8 << 10  # what browsers and proxies agree on
+HEADERS_MAX = 100  # browsers and proxies send some thirty
+HEADER_BYTES_MAX = 32 << 10  # of all of them: a token of the greatest size, cookies, what proxies add
 REQUEST_BYTES_MAX = names.BODY_BYTES_MAX + (64 << 10)  # a message of the greatest size, and what stands around it
 REQUEST_SECONDS_MAX = 15.0  # for the body to arrive
 WAIT_SECONDS_MAX = 30.0  # of a long poll
@@ -271,6 +273,9 @@ class Endpoint:
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # a WebSocket, which is not spoken here: the handshake is answered with 403
+            await send({"type": "websocket.close"})
+            return
         request = Request(scope, receive)
         given = request.headers.get("x-request-id", "")
         given_id = given if _REQUEST_ID.fullmatch(given) else None
@@ -310,7 +315,7 @@ class Endpoint:
             await response(scope, receive, send_with_headers)
 
     async def _answer(self, request: Request) -> ASGIApp:
-        _check_url(request.scope)
+        _check_head(request.scope)
         if "content-length" in request.headers and "transfer-encoding" in request.headers:
             # Two lengths: what a proxy took for one request may be two.
             raise Problem(400, "invalid_input", "the body has two lengths", headers={"Connection": "close"})
@@ -363,10 +368,14 @@ def choose(accept: str, offered: Sequence[str]) -> str | None:
     return best if rate(best)[0] > 0 else None
 
 
-def _check_url(scope: Scope) -> None:
+def _check_head(scope: Scope) -> None:
     path = scope.get("raw_path") or scope["path"].encode()
     if len(path) + len(scope["query_string"]) > URL_BYTES_MAX:
         raise Problem(414, "url_too_long", f"a URL may have at most {URL_BYTES_MAX} bytes")
+    headers = scope["headers"]
+    if len(headers) > HEADERS_MAX or sum(len(name) + len(value) for name, value in headers) > HEADER_BYTES_MAX:
+        at_most = f"at most {HEADERS_MAX} headers of {HEADER_BYTES_MAX} bytes in all"
+        raise Problem(431, "headers_too_large", f"a request may have {at_most}")
     if not all("!" <= character <= "~" for character in scope["path"]):
         raise bad_request("the path holds characters that no name may have")
 

@@ -159,7 +159,7 @@ async def fork(call: Call) -> Response:
     """Start another run that has this one's record up to a step: 201, or 200 if it was started before."""
     handle = call.client.run(call.name)
     given = await call.json(("step",), ("id",))
-    step = names.check_label(given["step"], "step")
+    step = names.check_step(given["step"])
     run = names.check_run(given["id"]) if given.get("id") is not None else names.new_run_id()
     await call.require("manage", handle.id)
     await call.require("start", run)

@@ -63,21 +63,6 @@ def test_a_step_takes_its_defaults_from_the_decorator_and_can_be_called() -> Non
     assert (halve.name, halve.timeout, halve.interruptible, halve(3)) == ("half", 1.0, True, 1.5)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"name": ""}, {"name": "pgchan:x"}, {"name": 7}, {"name": "a\nb"}, {"timeout": 0}, {"timeout": -1},
-        {"timeout": True}, {"timeout": float("inf")}, {"queue": ""}, {"retry": 3}, {"version": "\0"},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_a_workflow_with_illegal_options_is_refused(options: dict[str, Any]) -> None:
-    async def fn(run: Any) -> None: ...
-
-    with pytest.raises(InvalidInput):
-        pgchan.workflow(**options)(fn)
-
-
 def test_a_workflow_must_take_the_run_first() -> None:
     with pytest.raises(InvalidInput, match="must take the run as its first parameter"):
         pgchan.workflow(lambda: None)
@@ -170,32 +155,6 @@ def test_two_workflows_of_a_worker_cannot_share_a_name() -> None:
         pgchan.Worker(client, [one, two])
     with pytest.raises(InvalidInput, match="decorated with @pgchan"):
         pgchan.Worker(client, [test_two_workflows_of_a_worker_cannot_share_a_name])  # type: ignore[list-item]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"concurrency": 0}, {"concurrency": 10_001}, {"concurrency": True}, {"lease": 0.5}, {"lease": "10"},
-        {"takeover_grace": -1}, {"drain": -1}, {"queues": "default"}, {"queues": []}, {"queues": [""]}, {"name": ""},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_a_worker_with_illegal_options_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(InvalidInput):
-        pgchan.Worker(pgchan.AsyncClient("postgresql://localhost/nothing"), [], **options)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"attempts": 0}, {"attempts": 1.5}, {"delay": -1}, {"delay": float("nan")}, {"backoff": 0.5}, {"backoff": "2"},
-        {"max_delay": -1},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_a_retry_with_illegal_numbers_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(InvalidInput):
-        pgchan.Retry(**options)
 
 
 def test_a_retry_waits_longer_each_time_up_to_its_bound() -> None:
