@@ -137,3 +137,15 @@ def pretend(dsn: str, found: str, serves: str) -> None:
             f"create or replace function pgchan.{routine}() returns text language sql immutable security definer "
             f"set search_path = pg_catalog, pg_temp as $$ select '{revision}' $$",
         )
+
+
+def rows(dsn: str) -> list[tuple[Any, ...]]:
+    """All that is stored: of large bodies only that they are there."""
+    return query(
+        dsn,
+        "select (select json_agg(c order by c.id) from pgchan.channels c)::text,"
+        " (select json_agg(json_build_array(channel_id, position, at, kind, key, step, attempt, body)"
+        "  order by channel_id, position) from pgchan.messages where length(body) < 1000)::text,"
+        " (select count(*) from pgchan.messages),"
+        " (select json_agg(r order by r.channel_id) from pgchan.runs r)::text",
+    )

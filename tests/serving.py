@@ -10,7 +10,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
+
 from pgchan.server.serve import Server, config
+
+# What no answer may hold.
+WORDS_OF_OURS = ("select", "insert", "traceback", "asyncpg", "psycopg", "127.0.0.1", "postgres", 'file "')
 
 
 class Running:
@@ -117,3 +122,23 @@ async def follow(port: int, path: str, **headers: str) -> AsyncIterator[Reader]:
     finally:
         writer.transport.abort()
         writer.close()
+
+
+def calling(app: Any) -> httpx.AsyncClient:
+    """A client of the application in this process; what it raises is raised here."""
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://testserver")
+
+
+def raw(path: str) -> httpx.URL:
+    """A URL whose path is sent as it is written here."""
+    return httpx.URL("http://testserver").copy_with(raw_path=path.encode())
+
+
+def problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    found: dict[str, Any] = response.json()
+    assert {"type", "title", "status", "code", "request_id"} <= found.keys()
+    assert (found["status"], found["code"]) == (status, code)
+    assert not [word for word in WORDS_OF_OURS if word in response.text.lower()]
+    return found

@@ -22,7 +22,7 @@ from typing import Any
 import psycopg
 import pytest
 from cluster import on_database
-from doors import Door, query
+from doors import Door, rows
 
 import pgchan
 from pgchan import errors, names
@@ -389,16 +389,6 @@ async def unchanged(
     yield door.client(), cursors
     await door.close()
     assert rows(dsn) == before
-
-
-def rows(dsn: str) -> Any:
-    """All that is stored."""
-    return query(
-        dsn,
-        "select (select json_agg(c order by c.id) from pgchan.channels c)::text,"
-        " (select json_agg(m order by m.channel_id, m.position) from pgchan.messages m)::text,"
-        " (select json_agg(r order by r.channel_id) from pgchan.runs r)::text",
-    )
 
 
 def judged(id: str, error: type[errors.Error], says: str, call: Callable[..., Awaitable[Any]], **facts: Any) -> Any:

@@ -8,7 +8,7 @@ import os
 import pty
 import signal
 import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,179 +16,15 @@ import httpx
 import psycopg
 import pytest
 from cluster import free_port
-from doors import pretend
+from commands import command, done, environment, refused
 
 import pgchan
-
-SECRET = "s3cret-w0rd"
-
-
-class Done:
-    """How a command ended, and what it printed."""
-
-    def __init__(self, process: subprocess.CompletedProcess[bytes]) -> None:
-        self.status = process.returncode
-        self.out = process.stdout.decode()
-        self.error = process.stderr.decode()
-        assert "Traceback" not in self.error, self.error
-        assert SECRET not in self.out + self.error
-
-
-def environment(dsn: str | None) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PGCHAN_")}
-    return kept | ({"PGCHAN_DSN": dsn} if dsn else {})
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-W", "error", "-m", "pgchan.cli", *arguments]
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Any:
     """Run the command in an empty directory."""
-
-    def run(*arguments: str, dsn: str | None = None, stdin: bytes = b"") -> Done:
-        return Done(
-            subprocess.run(
-                command(*arguments), env=environment(dsn), cwd=tmp_path, input=stdin, capture_output=True, timeout=60
-            )
-        )
-
-    return run
-
-
-def refused(done: Done, status: int) -> str:
-    """The one line on stderr of a command that did not do it."""
-    assert done.status == status, (done.status, done.out, done.error)
-    assert done.out == ""
-    assert done.error.startswith("pgchan: ")
-    assert done.error.count("\n") == 1, done.error
-    return done.error
-
-
-# ---- bad input: exit 2 and one line
-
-UNREACHABLE = "postgresql://me@127.0.0.1:1/nowhere"
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["unknown"],
-        ["tail"],
-        ["tail", "chat/42", "--unknown"],
-        ["tail", "chat/42", "--view", "half"],
-        ["start", "research", "{}"],
-        ["start", "research", "[1"],
-        ["start", "research", "[NaN]"],
-        ["start", "research", "[]", "--priority", "high"],
-        ["publish", "chat/42", "hello"],
-        ["publish", "chat/42", "[" * 100_000],
-        ["publish", "chat/42", "-", "--key", "k"],
-        ["signal", "run-1", "{"],
-        ["worker", "nothing"],
-        ["worker", ":worker"],
-        ["worker", "no_such_module_anywhere:worker"],
-        ["worker", "json:nothing"],
-        ["worker", "json:loads"],
-        ["worker", "../json:loads"],
-        ["serve", "json:__name__"],
-        ["serve", "json:loads", "--workers", "1"],
-        ["serve", "json:loads", "--port", "99999"],
-        ["migrate", "pgchan_9999", "--sql"],
-        ["migrate", "--start", "base"],
-        ["demo", "--workers", "-1"],
-    ],
-)
-def test_bad_input_ends_with_2_and_one_line(run: Any, arguments: list[str]) -> None:
-    refused(run(*arguments, dsn=UNREACHABLE), 2)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["tail", ""],
-        ["tail", "a b"],
-        ["tail", "chat/42", "--after", "1e3"],
-        ["tail", "chat/42", "--after=-1"],
-        ["publish", "pgchan:x", "1"],
-        ["publish", "x" * 201, "1"],
-        ["publish", "chat/42", "1", "--key", ""],
-        ["runs", "--state", "sleeping"],
-        ["runs", "--limit", "0"],
-        ["channels", "--limit", "-1"],
-        ["show", "run/journal"],
-        ["start", "research", "--delay", "nan"],
-        ["start", "research", "--timeout", "-1"],
-    ],
-)
-def test_what_the_library_refuses_ends_with_2_and_one_line(run: Any, dsn: str, arguments: list[str]) -> None:
-    refused(run(*arguments, dsn=dsn), 2)
-
-
-COMMANDS = [
-    ["tail", "chat/42"], ["publish", "chat/42", "1"], ["channels"], ["start", "research"], ["signal", "r", "1"],
-    ["cancel", "r"], ["resume", "r"], ["runs"], ["show", "r"], ["migrate"], ["migrate", "base"],
-    ["migrate", "--current"], ["doctor"],
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
-def test_a_missing_dsn_is_2(run: Any, arguments: list[str]) -> None:
-    assert "PGCHAN_DSN" in refused(run(*arguments), 2)
-
-
-MALFORMED = [f"postgresql://me:{SECRET}@127.0.0.1:x/db", f"postgresql://me:{SECRET}/@127.0.0.1:1/db", f"mysql://{SECRET}"]
-
-
-@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
-def test_a_malformed_dsn_is_2_and_not_shown(run: Any, arguments: list[str]) -> None:
-    refused(run(*arguments, "--dsn", MALFORMED[0]), 2)
-
-
-@pytest.mark.parametrize("dsn", MALFORMED)
-def test_a_malformed_dsn_in_the_environment_is_2_and_not_shown(run: Any, dsn: str) -> None:
-    refused(run("publish", "chat/42", "1", dsn=dsn), 2)
-    refused(run("migrate", dsn=dsn), 2)
-
-
-@pytest.mark.parametrize("arguments", [["migrate"], ["migrate", "--current"]], ids=" ".join)
-def test_a_server_that_cannot_be_reached_is_1_and_its_password_not_shown(run: Any, arguments: list[str]) -> None:
-    refused(run(*arguments, dsn=f"postgresql://me:{SECRET}@127.0.0.1:1/db"), 1)
-
-
-def test_a_database_that_a_newer_pgchan_made_is_2(run: Any, dsn: str) -> None:
-    with psycopg.connect(dsn) as connection:
-        connection.execute("update pgchan.alembic_version set version_num = 'pgchan_9999'")
-    assert run("migrate", dsn=dsn).out == "pgchan_9999\n", "it serves this code: nothing is to be done"
-    assert "pgchan_9999" in refused(run("migrate", "base", "--yes", dsn=dsn), 2)
-    pretend(dsn, "pgchan_9999", "pgchan_9999")
-    assert "pgchan_9999" in refused(run("migrate", dsn=dsn), 2)
-    assert "pgchan_9999" in refused(run("publish", "chat/42", "1", dsn=dsn), 2)
-
-
-def test_a_database_that_was_not_migrated_is_2(run: Any, empty_dsn: str) -> None:
-    assert "pgchan migrate" in refused(run("publish", "chat/42", "1", dsn=empty_dsn), 2)
-
-
-def test_what_is_not_there_or_refused_is_1(run: Any, dsn: str) -> None:
-    refused(run("cancel", "nobody", dsn=dsn), 1)
-    refused(run("show", "nobody", dsn=dsn), 1)
-    refused(run("signal", "nobody", "1", dsn=dsn), 1)
-    run("publish", "chat/42", "1", "--key", "k", dsn=dsn)
-    refused(run("publish", "chat/42", "2", "--key", "k", dsn=dsn), 1)
-
-
-@pytest.mark.parametrize("options", [[], ["--insecure", "--host", "0.0.0.0"]])
-def test_a_worker_is_not_served_to_everybody(tmp_path: Path, run: Any, options: list[str]) -> None:
-    (tmp_path / "mine.py").write_text("import pgchan\nworker = pgchan.Worker(pgchan.AsyncClient(), [])\n")
-    refused(run("serve", "mine:worker", *options, dsn=UNREACHABLE), 2)
-
-
-def test_what_a_users_module_raises_is_shown_in_one_line(tmp_path: Path, run: Any) -> None:
-    (tmp_path / "mine.py").write_text("raise KeyError('first\\nsecond')\n")
-    assert "KeyError" in refused(run("worker", "mine:worker"), 2)
+    return partial(done, tmp_path)
 
 
 # ---- migrate
@@ -259,11 +95,6 @@ def test_publish_reads_a_message_from_each_line(run: Any, dsn: str) -> None:
     assert run("publish", "chat/42", "-", "--text", dsn=dsn, stdin=b"one\ntwo").out == "3\n4\n"
     with pgchan.Client(dsn) as client:
         assert [message.body for message in client.channel("chat/42").read()] == [{"a": 1}, "ä", "one", "two"]
-
-
-@pytest.mark.parametrize("line", [b"\xff\xfe", b'"' + b"x" * 5_000_000, b"{"])
-def test_a_bad_line_of_input_is_2(run: Any, dsn: str, line: bytes) -> None:
-    refused(run("publish", "chat/42", dsn=dsn, stdin=line), 2)
 
 
 def test_channels_are_listed(run: Any, dsn: str) -> None:

@@ -16,13 +16,12 @@ from typing import Any
 import httpx
 import pytest
 from cluster import Cluster, free_port
-from serving import Running, follow
+from serving import Running, calling, follow, problem, raw
 
-from pgchan import AsyncClient, InvalidInput, names
+from pgchan import AsyncClient, InvalidInput
 from pgchan.server import Insecure, create_app, endpoint, routes
 
 ZERO = "0000000000000000_0000000000000000"
-WORDS_OF_OURS = ("select", "insert", "traceback", "asyncpg", "psycopg", "127.0.0.1", "postgres", 'file "')
 
 Wait = Callable[..., Awaitable[None]]
 
@@ -46,26 +45,6 @@ async def nowhere() -> AsyncIterator[httpx.AsyncClient]:
     async with calling(create_app(client, auth=Insecure())) as http:
         yield http
     await client.close()
-
-
-def calling(app: Any) -> httpx.AsyncClient:
-    """A client of the application in this process; what it raises is raised here."""
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://testserver")
-
-
-def raw(path: str) -> httpx.URL:
-    """A URL whose path is sent as it is written here."""
-    return httpx.URL("http://testserver").copy_with(raw_path=path.encode())
-
-
-def problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/problem+json"
-    found: dict[str, Any] = response.json()
-    assert {"type", "title", "status", "code", "request_id"} <= found.keys()
-    assert (found["status"], found["code"]) == (status, code)
-    assert not [word for word in WORDS_OF_OURS if word in response.text.lower()]
-    return found
 
 
 async def publish(client: AsyncClient, name: str, *bodies: Any) -> list[str]:
@@ -232,169 +211,7 @@ async def test_delete_removes_a_channel(client: AsyncClient, http: httpx.AsyncCl
     problem(await http.delete("/channels/c"), 404, "channel_not_found")
 
 
-# ---- what is refused
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/channels/", "/channels/a%00", "/channels/a%0d%0ab", "/channels/a%0a", "/channels/a%0ab", "/channels/..%2fa",
-        "/channels/a%2f..%2fb", "/channels/a//b", "/channels/%252f", "/channels/%c0%af", "/channels/%e2%80%8b",
-        "/channels/pgchan:x", "/channels/a%20b", "/channels/a*", "/channels/" + "n" * 201, "/runs/a/%0a/cancel",
-        "/channels/c?after=1&after=2", "/channels/c?limit=1&limit=1", "/channels/c?limit=0", "/channels/c?limit=1001",
-        "/channels/c?limit=-1", "/channels/c?limit=1e2", "/channels/c?limit=%D9%A3", "/channels/c?limit=",
-        "/channels/c?view=void", "/channels/c?wait=31", "/channels/c?wait=-1", "/channels/c?wait=inf",
-        "/channels/c?wait=nan", "/channels/c?wait=30.001", "/channels/c?after=", "/channels/c?after=-1",
-        "/channels/c?after=%201", "/channels/c?after=1e3", "/channels/c?after=true", "/channels/c?after=%D9%A3",
-        "/channels/c?after=99999999999999999", "/channels/c?after=" + "1" * 65, "/channels/c?after=1_2",
-        "/channels/c?after=0000000000000001_00000000000000010", "/runs?limit=0", "/runs?state=lost", "/runs?after=*",
-        "/runs/a/result?wait=x", "/runs/a/journal?after=now", "/runs/a/journal?limit=0",
-    ],
-)  # fmt: skip
-async def test_a_bad_url_is_refused(nowhere: httpx.AsyncClient, path: str) -> None:
-    problem(await nowhere.get(raw(path)), 400, "invalid_input")
-    if path.startswith("/channels/c?") and "wait" not in path:
-        response = await nowhere.get(raw(path), headers={"Accept": "text/event-stream"})
-        problem(response, 400, "invalid_input")
-
-
-@pytest.mark.parametrize("seen", ["1e3", "x" * 65, "0" * 10_000, ZERO + "\t1", "-1"])
-async def test_a_bad_last_event_id_is_refused(nowhere: httpx.AsyncClient, seen: str) -> None:
-    for accept in ("text/event-stream", "application/json"):
-        response = await nowhere.get("/channels/c", headers={"Last-Event-ID": seen, "Accept": accept})
-        problem(response, 400, "invalid_input")
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"", b"{", b"[]", b"null", b"1", b'"x"', b"{}", b'{"body":NaN}', b'{"body":[Infinity]}', b'{"body":1e400000}',
-        b'{"body":"\xff"}', b'{"body":"\\ud800"}', '{"body":1}'.encode("utf-16"), '{"body":1}'.encode("utf-8-sig"),
-        b'{"body":1,"close":1}', b'{"body":1,"key":"k"}', b'{"close":true}', b'{"body":' + b"[" * 65 + b"]" * 65 + b"}",
-        b'{"body":' + b"[" * 100_000, b'{"body":' + b"9" * 5_000 + b"}", b'{"body":1} x',
-    ],
-)  # fmt: skip
-async def test_a_bad_body_is_refused(nowhere: httpx.AsyncClient, body: bytes) -> None:
-    response = await nowhere.post("/channels/c", content=body, headers={"Content-Type": "application/json"})
-    problem(response, 400, "invalid_input")
-
-
-async def test_a_body_of_sixty_four_levels_is_taken(http: httpx.AsyncClient) -> None:
-    body = b'{"body":' + b"[" * 64 + b"]" * 64 + b"}"
-    response = await http.post("/channels/c", content=body, headers={"Content-Type": "application/json"})
-    assert response.status_code == 201
-
-
-@pytest.mark.parametrize("key", ["", "k" * 201, "pgchan:k"])
-async def test_a_bad_key_is_refused(nowhere: httpx.AsyncClient, key: str) -> None:
-    response = await nowhere.post("/channels/c", json={"body": 1}, headers={"Idempotency-Key": key})
-    problem(response, 400, "invalid_input")
-
-
-async def test_a_repeated_header_is_refused(nowhere: httpx.AsyncClient) -> None:
-    headers = [("Idempotency-Key", "a"), ("Idempotency-Key", "b"), ("Content-Type", "application/json")]
-    problem(await nowhere.post("/channels/c", content=b'{"body":1}', headers=headers), 400, "invalid_input")
-
-
-@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "x/json", None])
-async def test_only_json_is_taken(nowhere: httpx.AsyncClient, content_type: str | None) -> None:
-    headers = {"Content-Type": content_type} if content_type else {}
-    for path in ("/channels/c", "/runs", "/runs/r/signals"):
-        response = await nowhere.post(path, content=b'{"body":1}', headers=headers)
-        problem(response, 415, "unsupported_media_type")
-
-
-async def test_content_type_parameters_are_taken_and_encodings_are_not(http: httpx.AsyncClient) -> None:
-    headers = {"Content-Type": "application/JSON; charset=utf-8"}
-    assert (await http.post("/channels/c", content=b'{"body":1}', headers=headers)).status_code == 201
-    response = await http.post("/channels/c", content=b'{"body":1}', headers=headers | {"Content-Encoding": "gzip"})
-    problem(response, 415, "unsupported_media_type")
-
-
-@pytest.mark.parametrize("extra", [-1, 0, 1])
-async def test_a_message_may_have_one_mebibyte(http: httpx.AsyncClient, extra: int) -> None:
-    text = "x" * (names.BODY_BYTES_MAX - 2 + extra)  # two quotes
-    response = await http.post("/channels/c", json={"body": text})
-    if extra <= 0:
-        assert response.status_code == 201
-    else:
-        problem(response, 413, "too_large")
-
-
-@pytest.mark.parametrize("extra", [0, 1])
-@pytest.mark.parametrize("chunked", [False, True])
-async def test_a_request_may_have_little_more(http: httpx.AsyncClient, extra: int, chunked: bool) -> None:
-    body = b'{"body":1}'
-    body += b" " * (endpoint.REQUEST_BYTES_MAX - len(body) + extra)
-
-    async def chunks() -> AsyncIterator[bytes]:
-        for start in range(0, len(body), 100_000):
-            yield body[start : start + 100_000]
-
-    headers = {"Content-Type": "application/json"}
-    response = await http.post("/channels/c", content=chunks() if chunked else body, headers=headers)
-    if extra:
-        problem(response, 413, "too_large")
-    else:
-        assert response.status_code == 201
-
-
-async def test_a_body_that_never_ends_is_not_waited_for(client: AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "REQUEST_SECONDS_MAX", 0.1)
-    async with Running(create_app(client, auth=Insecure())) as served:
-        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
-        writer.write(
-            b"POST /channels/c HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\nContent-Length: 10\r\n\r\n{"
-        )
-        answer = await asyncio.wait_for(reader.read(), 5)  # to the end: the connection is closed
-        assert answer.startswith(b"HTTP/1.1 408 ")
-        writer.close()
-
-
-async def test_a_body_with_two_lengths_closes_the_connection(client: AsyncClient) -> None:
-    async with Running(create_app(client, auth=Insecure())) as served:
-        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
-        writer.write(
-            b"POST /channels/c HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\nContent-Length: 5\r\n"
-            b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"
-        )
-        answer = await asyncio.wait_for(reader.read(), 5)
-        assert answer.startswith(b"HTTP/1.1 400 ")
-        assert answer.count(b"HTTP/1.1 ") == 1
-        writer.close()
-
-
-@pytest.mark.parametrize("extra", [-1, 0, 1])
-async def test_a_url_may_have_eight_kibibytes(http: httpx.AsyncClient, extra: int) -> None:
-    path = "/channels/c?x="
-    path += "y" * (endpoint.URL_BYTES_MAX - len(path) + 1 + extra)  # the question mark is not counted
-    response = await http.get(raw(path))
-    if extra <= 0:
-        assert response.status_code == 200
-    else:
-        problem(response, 414, "url_too_long")
-
-
-async def test_a_url_of_seventy_kilobytes_is_told_so_by_the_server(client: AsyncClient) -> None:
-    async with Running(create_app(client, auth=Insecure())) as served, httpx.AsyncClient() as http:
-        problem(await http.get(f"{served.url}/channels/c?x={'y' * 60_000}"), 414, "url_too_long")
-
-
-@pytest.mark.parametrize(
-    ("path", "allow"),
-    [
-        ("/channels/c", "DELETE, GET, HEAD, OPTIONS, POST"), ("/runs", "GET, HEAD, OPTIONS, POST"),
-        ("/runs/r", "GET, HEAD, OPTIONS"), ("/runs/r/signals", "OPTIONS, POST"), ("/runs/r/cancel", "OPTIONS, POST"),
-        ("/runs/r/journal", "GET, HEAD, OPTIONS"), ("/healthz", "GET, HEAD, OPTIONS"),
-    ],
-)  # fmt: skip
-async def test_a_method_that_is_not_offered_is_told_what_is(nowhere: httpx.AsyncClient, path: str, allow: str) -> None:
-    for method in ("PUT", "PATCH", "BREW"):
-        response = await nowhere.request(method, path)
-        problem(response, 405, "method_not_allowed")
-        assert response.headers["allow"] == allow
-    response = await nowhere.options(path)
-    assert (response.status_code, response.headers["allow"]) == (204, allow)
+# ---- what is offered; what is refused is in test_bad_input_http.py
 
 
 @pytest.mark.parametrize(
@@ -410,12 +227,6 @@ async def test_a_method_that_is_not_offered_is_told_what_is(nowhere: httpx.Async
 )  # fmt: skip
 def test_who_asks_gets_the_type_that_is_liked_best(accept: str, answer: str | None) -> None:
     assert endpoint.choose(accept, ("application/json", "text/event-stream")) == answer
-
-
-async def test_a_type_that_is_not_offered_is_not_acceptable(nowhere: httpx.AsyncClient) -> None:
-    for path in ("/channels/c", "/runs", "/runs/r", "/healthz", "/nothing"):
-        problem(await nowhere.get(path, headers={"Accept": "text/html"}), 406, "not_acceptable")
-    problem(await nowhere.get("/runs/r", headers={"Accept": "text/event-stream"}), 406, "not_acceptable")
 
 
 async def test_what_is_not_there_is_not_found(http: httpx.AsyncClient) -> None:
