@@ -1228,7 +1228,8 @@ begin
   return to_jsonb(translate(encode(body, 'base64'), E'\n', ''));
 end $$;
 
--- Raise InvalidInput (PC001) unless the body and the key can be stored.
+-- Raise InvalidInput (PC001) unless the body and the key can be stored. jsonb may be nested much deeper than the parsers
+-- of readers follow, and a message that cannot be read would be in every reader's way.
 create function pgchan.check_body(body jsonb, key text) returns void
 language plpgsql immutable security definer set search_path = pg_catalog, pg_temp as $$
 begin
@@ -1237,6 +1238,8 @@ begin
   elsif octet_length(body::text) > 1048576 then
     raise exception 'body has % bytes; at most 1048576', octet_length(body::text)
       using errcode = 'PC001', hint = 'store large things elsewhere and publish their address';
+  elsif body @? 'strict $.**{64 to last} ? (@.type() == "array" || @.type() == "object")' then
+    raise exception 'body is nested deeper than 64 levels' using errcode = 'PC001', hint = 'flatten it';
   end if;
   perform pgchan.check_key(key);
 end $$;
@@ -1307,7 +1310,9 @@ declare
   ready text;
 begin
   perform pgchan.check_name(run);
-  if jsonb_typeof(given) is distinct from 'array' or coalesce(workflow, '') = '' or coalesce(queue, '') = ''
+  perform pgchan.check_body(given, null);
+  if jsonb_typeof(given) <> 'array' or coalesce(octet_length(workflow), 0) not between 1 and 180
+     or coalesce(octet_length(queue), 0) not between 1 and 180
      or run ~ '(^|/)(signals|cancel|resume|fork|journal|result)$' then
     raise exception 'start takes a workflow, a JSON array of arguments, a legal id and a queue'
       using errcode = 'PC001', hint = 'pgchan.start(workflow, args => ''[]'', id => null, queue => ''default'')';

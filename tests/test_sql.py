@@ -24,17 +24,6 @@ def connection(dsn: str) -> Iterator[Connection]:
         yield connection
 
 
-@pytest.fixture(scope="module")
-def untouched(admin: Connection, template: str, shared_server: tuple[str, str]) -> Iterator[Connection]:
-    """A database for calls that store nothing."""
-    dsn, prefix = shared_server
-    name = f"{prefix}_{os.getpid()}_untouched"
-    admin.execute(f"create database {name} template {template}".encode())
-    with psycopg.connect(on_database(dsn, name), autocommit=True) as connection:
-        yield connection
-    admin.execute(f"drop database {name} with (force)".encode())
-
-
 def value(connection: Connection, statement: str, *args: object) -> Any:
     row = connection.execute(statement.encode(), args).fetchone()
     return row[0] if row else None
@@ -74,45 +63,6 @@ def test_a_key_is_stored_once_from_sql_too(connection: Connection) -> None:
     assert (error.sqlstate, error.diag.message_hint) == ("PC005", "use another key")
     connection.execute("select pgchan.close_channel('c')")
     assert value(connection, "select pgchan.publish('c', '1', 'k')") == first
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        "publish(null, '1')", "publish('', '1')", "publish('a b', '1')", "publish('pgchan:x', '1')",
-        "publish('c', null)", "publish('c', '1', '')", "publish('c', '1', 'pgchan:x')",
-        "publish('c', '1', repeat('x', 201))",
-        "publish('c', to_jsonb(repeat('x', 1048577)))", "read(null)", "read('c', -1)", "read('c', null)",
-        "read('c', 0, 0)", "read('c', 0, -1)", "read('c', 0, null)", "start(null)", "start('')", "start('w', '{}')",
-        "start('w', null)", "start('w', '[]', 'a/result')", "start('w', '[]', 'a b')", "start('w', '[]', 'r', '')",
-        "signal(null, '1')", "signal('r', null)", "signal('r', '1', '')",
-    ],
-)  # fmt: skip
-def test_an_illegal_argument_is_pc001_with_a_hint(untouched: Connection, call: str) -> None:
-    error = refused(untouched, f"select pgchan.{call}")
-    assert error.sqlstate == "PC001"
-    assert error.diag.message_hint
-    assert len(str(error)) < 1000
-    assert value(untouched, "select count(*) from pgchan.channels") == 0
-
-
-def test_each_refusal_has_its_sqlstate(connection: Connection) -> None:
-    connection.execute("select pgchan.publish('c', '1'), pgchan.close_channel('c')")
-    connection.execute("select from pgchan.create_channel('text', 'text/plain', null)")
-    connection.execute("select pgchan.start('w', '[]', 'r')")
-    connection.execute("select pgchan.signal('r', '1', 'k')")
-    assert refused(connection, "select pgchan.publish('c', '2')").sqlstate == "PC004"
-    assert refused(connection, "select pgchan.publish('text', '2')").sqlstate == "PC001"
-    assert refused(connection, "select pgchan.signal('nobody', '1')").sqlstate == "PC003"
-    assert refused(connection, "select pgchan.signal('r', '2', 'k')").sqlstate == "PC005"
-    assert refused(connection, "select pgchan.start('other', '[]', 'r')").sqlstate == "PC006"
-    assert refused(connection, "select pgchan.trim_channel('c', 3)").sqlstate == "PC001"
-
-
-def test_a_procedure_cannot_be_called_in_a_transaction_and_stores_nothing(connection: Connection) -> None:
-    with pytest.raises(psycopg.errors.InvalidTransactionTermination), connection.transaction():
-        connection.execute("call pgchan.call_enqueue('r', 'w', null, 'q', 0, null, null, '{}', null, null, null)")
-    assert value(connection, "select count(*) from pgchan.runs") == 0
 
 
 def test_a_trigger_publishes_with_the_rows_it_is_about(connection: Connection, dsn: str) -> None:
