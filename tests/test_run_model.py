@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from hypothesis import HealthCheck, settings
+from generated import effort, patience
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
@@ -21,6 +21,7 @@ from pgchan.model import CONTROL, MESSAGE
 from pgchan.writer import Batch, Queued
 
 WORKFLOWS, QUEUES = ["flow"], ["default"]
+EXAMPLES, STEPS = 200, 20
 
 
 class Session:
@@ -194,6 +195,25 @@ def test_a_signal_to_a_run_that_is_ready_announces_it_again(session: Callable[[]
     assert one.rows(sql.DELIVER, "r", b"1", None)[0][-1] == "default"
 
 
+def test_a_fork_of_a_run_that_continues_with_a_fresh_journal_has_all_of_the_old_one_or_none(
+    session: Callable[[], Session], block_until: Callable[..., None]
+) -> None:
+    """It looks for the step first and copies then; what lies between must not be taken away meanwhile."""
+    one, two, three = session(), session(), session()
+    run = one.start("r")
+    ((_, _, journal, *_, epoch, _, _, _, _, _),) = one.claim(three.worker())
+    batch = Batch()
+    for step in ("a", "b"):
+        entry = Entry("j", b"1", channel_id=journal, key=step, step=step, attempt=1, fence=epoch, owner=journal)
+        batch.add(Queued(entry, None, 0))
+    one.rows(sql.APPEND_QUIETLY, *batch.arguments())
+    one.rows("begin")
+    assert one.one(sql.CONTINUE, run, epoch, b"{}") == "continued"
+    forking = Meanwhile(two, three, block_until, sql.FORK, "r", "b", "forked")
+    one.rows("commit")
+    assert forking.rows() == [("unrecorded", None)]
+
+
 def test_a_run_that_waits_wakes_at_its_deadline(session: Callable[[], Session]) -> None:
     one = session()
     run = one.start("r", timeout=100)
@@ -214,7 +234,9 @@ class Model:
     state: str = "scheduled"
     owner: int | None = None
     epoch: int = 0
-    journal: list[str] = field(default_factory=list)
+    journal_epoch: int = 0
+    journal: list[str] = field(default_factory=list)  # the keys of its messages; "" is a control message
+    keys: dict[str, int] = field(default_factory=dict)
     signals: list[int] = field(default_factory=list)
     consumed: list[int] = field(default_factory=list)
     said: int = 0
@@ -243,19 +265,20 @@ class Machine(RuleBasedStateMachine):
         self.session.rows("update pgchan.runs set state = 'failed', ended_at = now() where ended_at is null")
         self.workers = [self.session.worker(), self.session.worker()]
         self.runs: list[Model] = []
-        self.attempts: list[tuple[Model, int]] = []  # each claim there was, with its epoch
+        self.attempts: list[tuple[Model, int, int]] = []  # each claim there was, with its epoch and journal
 
     def teardown(self) -> None:
         self.session.connection.close()
 
-    def _end(self, run: Model, state: str) -> None:
-        run.state, run.owner, run.epoch, run.head = state, None, self._raised(run), run.head + 1
-
-    def _raised(self, run: Model) -> int:
-        """The run's epoch after something raised it: any number above all those before."""
+    def _move(self, run: Model, state: str, owner: int | None = None) -> None:
+        """Into this state, which fences out whoever owned it: both epochs are then one number above all before."""
         epoch: int = self.session.one("select epoch from pgchan.channels where id = $1", run.id)
         assert epoch > run.epoch
-        return epoch
+        run.state, run.owner, run.epoch, run.journal_epoch = state, owner, epoch, epoch
+
+    def _end(self, run: Model, state: str) -> None:
+        self._move(run, state)
+        run.head += 1
 
     @precondition(lambda self: len(self.runs) < 3)
     @rule()
@@ -272,17 +295,20 @@ class Machine(RuleBasedStateMachine):
         ready = [run for run in self.runs if run.state == "scheduled"]
         assert sorted(claimed) == sorted(run.id for run in ready[:most])
         for run in ready[:most]:
-            run.state, run.owner, run.epoch = "running", self.workers[which], self._raised(run)
+            self._move(run, "running", self.workers[which])
             assert claimed[run.id][6] == run.epoch
             assert claimed[run.id][9:11] == (run.head, len(run.journal))
-            self.attempts.append((run, run.epoch))
+            self.attempts.append((run, run.epoch, claimed[run.id][2]))
 
     @precondition(lambda self: self.attempts)
-    @rule(data=st.data(), step=st.sampled_from("abc"), consume=st.booleans(), outputs=st.integers(0, 2))
-    def record(self, data: st.DataObject, step: str, consume: bool, outputs: int) -> None:
-        run, epoch = data.draw(st.sampled_from(self.attempts[:-4:-1]))
-        journal = self.session.one("select journal_id from pgchan.runs where channel_id = $1", run.id)
-        taken = run.open[:1] if consume else []
+    @rule(
+        data=st.data(), step=st.sampled_from("abc"), consume=st.booleans(), outputs=st.integers(0, 2),
+        fails=st.booleans(),
+    )  # fmt: skip
+    def record(self, data: st.DataObject, step: str, consume: bool, outputs: int, fails: bool) -> None:
+        """A step's output and how it ended, in one commit: a result with the signals it consumed, or a failure."""
+        run, epoch, journal = data.draw(st.sampled_from(self.attempts[:-4:-1]))
+        taken = run.open[:1] if consume and not fails else []
         batch = Batch()
 
         def add(name: str, channel: int, **more: Any) -> None:
@@ -294,25 +320,28 @@ class Machine(RuleBasedStateMachine):
         for position in taken:
             inbox = min([position, *(p - 1 for p in run.open[1:])])
             add("run", run.id, kind=CONTROL, key=f"pgchan:consumed:{position}", inbox=inbox)
-        add("journal", journal, kind=MESSAGE, key=step)
+        if fails:
+            add("journal", journal, kind=CONTROL)
+        else:
+            add("journal", journal, kind=MESSAGE, key=step)
         (row,) = self.session.rows(sql.APPEND_QUIETLY, *batch.arguments())
         words = {outcome.word for outcome in batch.outcomes(row)}
         if epoch != run.epoch or run.is_ended:
-            assert words <= {"fenced", "blocked", "closed"}, words
+            assert words <= {"fenced", "blocked", "closed", "missing"}, words
             return
         run.head += outputs + len(taken)
         run.said += outputs
         run.consumed += taken
-        if step in run.journal:
+        if step in run.journal and not fails:
             assert words <= {"repeated", "appended"}
         else:
             assert words == {"appended"}
-            run.journal.append(step)
+            run.journal.append("" if fails else step)
 
     @precondition(lambda self: self.attempts)
     @rule(data=st.data(), up_to_date=st.booleans(), timer=st.booleans())
     def suspend(self, data: st.DataObject, up_to_date: bool, timer: bool) -> None:
-        run, epoch = data.draw(st.sampled_from(self.attempts[:-4:-1]))
+        run, epoch, _ = data.draw(st.sampled_from(self.attempts[:-4:-1]))
         seen = run.signals[-1] if up_to_date and run.signals else 0
         wake_at = self.session.one("select now() + interval '1 hour'") if timer else None
         word = self.session.one(sql.SUSPEND, run.id, epoch, wake_at, seen, [])
@@ -322,7 +351,7 @@ class Machine(RuleBasedStateMachine):
             assert word == "ready"
         else:
             assert word == "waiting"
-            run.state, run.owner, run.epoch = "waiting", None, self._raised(run)
+            self._move(run, "waiting")
 
     @precondition(lambda self: any(run.state == "waiting" for run in self.runs))
     @rule(which=st.integers(0, 1))
@@ -338,15 +367,23 @@ class Machine(RuleBasedStateMachine):
                 run.state = "scheduled"
 
     @precondition(lambda self: self.runs)
-    @rule(data=st.data())
-    def deliver(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), key=st.none() | st.sampled_from("kl"), body=st.sampled_from([b"1", b"2"]))
+    def deliver(self, data: st.DataObject, key: str | None, body: bytes) -> None:
         run = data.draw(st.sampled_from(self.runs))
-        outcome, _, position, *_ = self.session.rows(sql.DELIVER, run.name, b"1", None)[0]
+        outcome, _, position, *_ = self.session.rows(sql.DELIVER, run.name, body, key)[0]
+        if key is not None and key in run.keys:
+            first = self.session.one(
+                "select body from pgchan.messages where channel_id = $1 and position = $2", run.id, run.keys[key]
+            )
+            assert (outcome, position) == ("repeated" if bytes(first) == body else "conflict", run.keys[key])
+            return
         if run.is_ended:
             assert outcome == "closed"
             return
         run.head += 1
         run.signals.append(run.head)
+        if key is not None:
+            run.keys[key] = run.head
         assert (outcome, position) == ("appended", run.head)
         if run.state == "waiting":
             run.state = "scheduled"
@@ -354,7 +391,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.attempts)
     @rule(data=st.data(), state=st.sampled_from(["succeeded", "failed"]))
     def finish(self, data: st.DataObject, state: str) -> None:
-        run, epoch = data.draw(st.sampled_from(self.attempts[:-4:-1]))
+        run, epoch, _ = data.draw(st.sampled_from(self.attempts[:-4:-1]))
         outcome, _ = self.session.rows(sql.FINISH, run.id, epoch, state, b"1", None)[0]
         if epoch != run.epoch or run.state != "running":
             assert outcome == "fenced"
@@ -379,8 +416,61 @@ class Machine(RuleBasedStateMachine):
             assert word == run.state
             return
         assert word == "resumed"
-        run.state, run.epoch, run.head = "scheduled", self._raised(run), run.head + 1
-        run.journal.append("")  # a control message
+        self._move(run, "scheduled")
+        run.head += 1
+        run.journal.append("")
+
+    @precondition(lambda self: self.runs)
+    @rule(data=st.data(), step=st.sampled_from("abc"), again=st.booleans())
+    def fork(self, data: st.DataObject, step: str, again: bool) -> None:
+        run = data.draw(st.sampled_from(self.runs))
+        name = f"{run.name}/{step}"
+        known = [other for other in self.runs if other.name == name]
+        word, _ = self.session.rows(sql.FORK, run.name, step, name)[0]
+        if step not in run.journal:
+            assert word == "unrecorded"
+        elif known:
+            assert word == "existed"
+        else:
+            assert word == "started"
+            id = self.session.one("select id from pgchan.channels where name = $1", name)
+            self.runs.append(Model(id, name, journal=run.journal[: run.journal.index(step)]))
+
+    @precondition(lambda self: self.attempts)
+    @rule(data=st.data())
+    def continue_as(self, data: st.DataObject) -> None:
+        run, epoch, _ = data.draw(st.sampled_from(self.attempts[:-4:-1]))
+        word = self.session.one(sql.CONTINUE, run.id, epoch, b"{}")
+        if epoch != run.epoch or run.state != "running":
+            assert word == "fenced"
+            return
+        assert word == "continued"
+        self._move(run, "scheduled")
+        run.journal, run.journal_epoch = [], 0  # a new channel; the next claim raises both to one number
+
+    @rule(which=st.integers(0, 1), data=st.data())
+    def hand_back(self, which: int, data: st.DataObject) -> None:
+        """A worker that is stopped gives back what it holds; it names others in vain."""
+        named = data.draw(st.lists(st.sampled_from(self.runs), unique_by=id)) if self.runs else []
+        self.session.rows(sql.RELEASE, self.workers[which], [run.id for run in named])
+        for run in named:
+            if run.owner == self.workers[which]:
+                self._move(run, "scheduled")
+
+    @precondition(lambda self: self.runs)
+    @rule(data=st.data())
+    def publish(self, data: st.DataObject) -> None:
+        """Somebody else says something on the channel of a run."""
+        run = data.draw(st.sampled_from(self.runs))
+        batch = Batch()
+        batch.add(Queued(Entry(run.name, b"1", channel_id=run.id), None, 0))
+        (row,) = self.session.rows(sql.APPEND_QUIETLY, *batch.arguments())
+        (outcome,) = batch.outcomes(row)
+        assert outcome.word == ("closed" if run.is_ended else "appended")
+        if not run.is_ended:
+            run.head += 1
+            run.said += 1
+            assert outcome.position == run.head
 
     @rule(which=st.integers(0, 1))
     def reap(self, which: int) -> None:
@@ -390,7 +480,7 @@ class Machine(RuleBasedStateMachine):
         held = [run for run in self.runs if run.owner == worker]
         assert self.session.one(sql.REAP, worker) == len(held)
         for run in held:
-            run.state, run.owner, run.epoch = "scheduled", None, self._raised(run)
+            self._move(run, "scheduled")
         assert self.session.claim(worker) == [], "who was reaped claims nothing"
         self.workers[which] = self.session.worker()
 
@@ -409,18 +499,12 @@ class Machine(RuleBasedStateMachine):
         found = {row[0]: row[1:] for row in rows}
         for run in self.runs:
             assert found[run.id] == (
-                run.state, run.owner, run.epoch, run.epoch, run.head, len(run.journal), run.is_ended,
+                run.state, run.owner, run.epoch, run.journal_epoch, run.head, len(run.journal), run.is_ended,
                 list(range(1, run.head + 1)) or None, run.open or None, run.said,
             )  # fmt: skip
 
 
-@pytest.mark.timeout(600)  # a failure is made smaller before it is shown
+@patience(600)
 def test_any_sequence_of_calls_leaves_what_the_model_says(dsn: str) -> None:
     Machine.dsn = dsn
-    run_state_machine_as_test(
-        Machine,
-        settings=settings(
-            max_examples=25, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck),
-            derandomize=True, database=None,
-        ),
-    )  # fmt: skip
+    run_state_machine_as_test(Machine, settings=effort(EXAMPLES, stateful_step_count=STEPS))

@@ -1038,7 +1038,9 @@ declare
   before bigint;
 begin
   perform pgchan.force_durability();
-  select r.* into source from pgchan.runs r join pgchan.channels c on c.id = r.channel_id where c.name = run;
+  -- Locked, or `continue_run` might take the journal away between the look for the step and the copy.
+  select r.* into source from pgchan.runs r join pgchan.channels c on c.id = r.channel_id where c.name = run
+    for share of r;
   if not found then
     outcome := 'missing';
     return;
