@@ -13,8 +13,6 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from hypothesis import given
-from hypothesis import strategies as st
 from serving import Running, follow
 from starlette.requests import Request
 
@@ -246,30 +244,6 @@ async def test_forbidden_and_unknown_are_the_same_to_a_byte(dsn: str) -> None:
 
 
 # ---- patterns
-
-SEGMENTS = st.sampled_from(["a", "b", "A", "42", "a.b", "*"])
-PATTERNS = st.tuples(st.lists(SEGMENTS, min_size=1, max_size=4), st.sampled_from("/:"), st.booleans())
-LITERALS = SEGMENTS.filter(lambda segment: segment != "*")
-NAMES = st.tuples(st.lists(LITERALS, min_size=1, max_size=5), st.sampled_from("/:"))
-
-
-@given(PATTERNS, NAMES)
-def test_patterns_match_as_a_simple_matcher_does(
-    pattern: tuple[list[str], str, bool], name: tuple[list[str], str]
-) -> None:
-    wanted, separator, is_open = pattern
-    segments, other = name
-
-    def matches() -> bool:
-        if separator != other and len(segments) > 1 and len(wanted) + is_open > 1:
-            return False
-        if is_open:
-            return len(segments) > len(wanted) and all(w in ("*", s) for w, s in zip(wanted, segments, strict=False))
-        return len(segments) == len(wanted) and all(w in ("*", s) for w, s in zip(wanted, segments, strict=True))
-
-    text = separator.join([*wanted, "**"] if is_open else wanted)
-    assert bool(compile_pattern(text).fullmatch(other.join(segments))) == matches()
-
 
 def test_a_pattern_is_no_regular_expression() -> None:
     assert not compile_pattern("a.b").fullmatch("axb")
