@@ -82,6 +82,12 @@ def parse(raw: bytes | str, what: str = "body") -> Any:
     return value
 
 
+def place(path: str) -> str:
+    """A path as errors show it. Keys in it may be of any length and hold what no terminal or log should be given."""
+    shown = path[:PATH_LENGTH_MAX]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)[:PATH_LENGTH_MAX]
+
+
 def _refuse_constant(name: str) -> Any:
     raise InvalidInput(f"{name} is not JSON")
 
@@ -105,7 +111,7 @@ def _check(value: Any, path: str, depth: int, what: str) -> None:
         return
     if kind is float:
         if not math.isfinite(value):
-            raise InvalidInput(f"{what} holds {value!r} at {path[:PATH_LENGTH_MAX]}; JSON has no such number")
+            raise InvalidInput(f"{what} holds {value!r} at {place(path)}; JSON has no such number")
         return
     if depth >= BODY_DEPTH_MAX:
         raise InvalidInput(f"{what} is nested deeper than {BODY_DEPTH_MAX} levels")
@@ -113,7 +119,7 @@ def _check(value: Any, path: str, depth: int, what: str) -> None:
         for key, inner in value.items():
             if not isinstance(key, str):
                 raise InvalidInput(
-                    f"{what} has a key of type {type(key).__name__} at {path[:PATH_LENGTH_MAX]}; JSON keys are strings"
+                    f"{what} has a key of type {type(key).__name__} at {place(path)}; JSON keys are strings"
                 )
             _check(inner, f"{path}.{key}", depth + 1, what)
     elif isinstance(value, list | tuple):
@@ -124,17 +130,16 @@ def _check(value: Any, path: str, depth: int, what: str) -> None:
     elif isinstance(value, float):
         _check(float(value), path, depth, what)
     else:
-        where = path[:PATH_LENGTH_MAX]
-        raise InvalidInput(f"{what} holds a {kind.__name__} at {where}; only JSON values can be stored")
+        raise InvalidInput(f"{what} holds a {kind.__name__} at {place(path)}; only JSON values can be stored")
 
 
 def _surrogate(value: Any, path: str) -> str:
     if isinstance(value, str):
-        return path[:PATH_LENGTH_MAX] if not _is_utf8(value) else ""
+        return place(path) if not _is_utf8(value) else ""
     if isinstance(value, dict):
         for key, inner in value.items():
             if not _is_utf8(key):
-                return f"{path[:PATH_LENGTH_MAX]} (a key)"
+                return f"{place(path)} (a key)"
             if found := _surrogate(inner, f"{path}.{key}"):
                 return found
     if isinstance(value, list | tuple):

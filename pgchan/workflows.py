@@ -78,7 +78,7 @@ class Workflow(Generic[P, R]):
         try:
             bound = self._signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise InvalidInput(f"arguments of workflow {self.name!r}: {error}") from None
+            raise InvalidInput(f"arguments of workflow {self.name!r}: {codec.place(str(error))}") from None
         for name, value in bound.arguments.items():
             converter = self._converters.get(name)
             if converter is None:
@@ -97,7 +97,7 @@ class Workflow(Generic[P, R]):
             return converter.validate_python(value)
         except pydantic.ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join([name, *map(str, first["loc"])])
+            place = codec.place(".".join([name, *map(str, first["loc"])]))
             raise InvalidInput(f"argument {place!r} of workflow {self.name!r}: {first['msg']}") from None
 
 

@@ -542,10 +542,15 @@ def run(name: str, seed: int, seconds: float, executions: int) -> Iterator[str]:
         except Exception:
             crashes += 1
             if crashes <= CRASHES_SHOWN:
-                yield f"{name}: {given!r}\n{traceback.format_exc(limit=-3)}"
+                yield f"{name}: {given!a}\n{ascii_lines(traceback.format_exc(limit=-3))}"
     took = time.perf_counter() - began
     target.close()
     yield f"{name:<10}{done:>12,}{done / took:>14,.0f}{crashes:>10,}"
+
+
+def ascii_lines(text: str) -> str:
+    """The text, so that any terminal shows it."""
+    return text.encode("ascii", "backslashreplace").decode()
 
 
 def main() -> int:

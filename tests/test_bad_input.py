@@ -137,6 +137,7 @@ BODIES: dict[str, tuple[Any, str]] = {
     "UUID": (uuid.uuid4(), r"UUID at \$"),
     "Decimal": ([Decimal(1)], r"Decimal at \$\[0\]"),
     "behind a long path": ({"k" * 10_000: {1}}, r"set at \$\.k+"),
+    "behind a path of no character": ({"\ud800\n\x1b": {1}}, r"set at \$\.\\ud800\\n\\x1b;"),
 }
 
 
@@ -317,6 +318,7 @@ def case(id: str, says: str, call: Call) -> Any:
         case("argument missing", "arguments of workflow 'add'", lambda c: c.start(add)),
         case("argument too many", "arguments of workflow 'add'", lambda c: c.start(add, 1, 2, 3)),
         case("argument unknown", "arguments of workflow 'add'", lambda c: c.start(add, 1, c=3)),
+        case("argument unknown and long", "unexpected", lambda c: c.start(add, 1, **{"\n" + "k" * 10_000: 3})),
         case("priority too high", "priority must be from", lambda c: c.start("w", priority=1_000_001)),
         case("priority too low", "priority must be from", lambda c: c.start("w", priority=-1_000_001)),
         case("run timeout 0", "timeout must be from 0.001", lambda c: c.start("w", timeout=0)),
