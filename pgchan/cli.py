@@ -145,6 +145,7 @@ def migrate(dsn: str | None, revision: str, yes: bool, as_sql: bool, start: str 
         return
     if start is not None:
         raise InvalidInput("--start is for --sql; otherwise the database knows where it stands")
+    logging.basicConfig(level=logging.WARNING, format="pgchan: %(message)s")  # whom it waits for, if it has to
     if current:
         reached = program.current(dsn)
     elif program.leads_down(dsn, revision):

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from pgchan.writer import Batch
 
 # Revisions compare as text. A deploy migrates first: the new schema serves old code until pgchan.serves() ends that.
-SCHEMA_VERSION = "pgchan_0001"  # the newest revision that this code knows
-SCHEMA_OLDEST = "pgchan_0001"  # the oldest on which it has all that it needs
+SCHEMA_VERSION = "pgchan_0002"  # the newest revision that this code knows
+SCHEMA_OLDEST = "pgchan_0002"  # the oldest on which it has all that it needs
 
 T = TypeVar("T")
 Row = Sequence[Any]

@@ -7,6 +7,7 @@ database (a second migrator waits, then finds nothing to do). Nothing is asked; 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ from pgchan.db import check_version
 from pgchan.errors import Error, InvalidInput, SchemaMismatch, Unavailable, UnsafeDeployment
 
 CONNECT_SECONDS = 10  # libpq would wait for as long as the kernel retries, about two minutes
+
+log = logging.getLogger("pgchan")
 
 _alembic_is_not_thread_safe = threading.Lock()
 
@@ -113,6 +116,7 @@ def connect(dsn: str | None) -> Iterator[Connection]:
         raise Unavailable(f"cannot connect to the database: {_last_line(error)}") from None
     # The address went to libpq as it was: SQLAlchemy's own URL knows fewer forms of it.
     engine = create_engine("postgresql+psycopg://", creator=lambda: connection, poolclass=StaticPool)
+    connection.add_notice_handler(_report)
     try:
         connection.execute(migrations.LIMIT_WAITING)
         connection.commit()
@@ -121,6 +125,12 @@ def connect(dsn: str | None) -> Iterator[Connection]:
     finally:
         engine.dispose()
         connection.close()
+
+
+def _report(diagnostic: psycopg.errors.Diagnostic) -> None:
+    """A migration that waits for a table says so; what the server merely notes is nobody's concern."""
+    if diagnostic.severity_nonlocalized == "WARNING":
+        log.warning("%s", diagnostic.message_primary)
 
 
 def _config(connection: Connection | None) -> Config:

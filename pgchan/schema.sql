@@ -124,7 +124,7 @@ create view pgchan.final_messages as
 
 -- The schema's revision, read at start-up. Each migration redefines it.
 create function pgchan.version() returns text
-language sql immutable security definer set search_path = pg_catalog, pg_temp as $$ select 'pgchan_0001' $$;
+language sql immutable security definer set search_path = pg_catalog, pg_temp as $$ select 'pgchan_0002' $$;
 
 -- The oldest revision whose code this schema serves: all that this code calls and reads is here, and means what it meant.
 -- A migration that takes something of it away raises this; until then old processes go on through a deploy.

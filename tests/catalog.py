@@ -5,8 +5,8 @@ from __future__ import annotations
 import psycopg
 
 # Each query gives one text column, and takes the schema's name once as a parameter. Column order of tables is part of
-# the lines: `select *` and composite types depend on it. Left out: the stamp `pg_attver` that some minor releases put on
-# each column.
+# the lines: `select *` and composite types depend on it; attnum is not, for a dropped column leaves a gap. Left out: the
+# stamp `pg_attver` that some minor releases put on each column.
 QUERIES = (
     # relations, with owner, privileges, storage parameters, row security and comments
     """
@@ -19,7 +19,7 @@ QUERIES = (
     """,
     """
     select format('column %s %s %s %s not_null=%s identity=%s generated=%s collation=%s storage=%s compression=%s default=%s options=%s acl=%s statistics=%s comment=%s',
-        c.relname, a.attnum, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, a.attgenerated,
+        c.relname, row_number() over (partition by c.oid order by a.attnum), a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, a.attgenerated,
         (select l.collname from pg_collation l where l.oid = a.attcollation), a.attstorage, a.attcompression,
         (select pg_get_expr(d.adbin, d.adrelid) from pg_attrdef d where d.adrelid = c.oid and d.adnum = a.attnum),
         array(select o from unnest(a.attoptions) o where o not like 'pg_attver=%'), a.attacl, a.attstattarget, col_description(c.oid, a.attnum))

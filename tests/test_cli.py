@@ -19,6 +19,7 @@ from cluster import free_port
 from commands import command, done, environment, refused
 
 import pgchan
+from pgchan import db
 
 
 @pytest.fixture
@@ -32,9 +33,9 @@ def run(tmp_path: Path) -> Any:
 
 def test_migrate_brings_a_database_to_the_newest_revision(run: Any, empty_dsn: str) -> None:
     assert run("migrate", "--current", dsn=empty_dsn).out == "base\n"
-    assert run("migrate", dsn=empty_dsn).out == "pgchan_0001\n"
-    assert run("migrate", dsn=empty_dsn).out == "pgchan_0001\n"
-    assert run("migrate", "--current", "--dsn", empty_dsn).out == "pgchan_0001\n"
+    assert run("migrate", dsn=empty_dsn).out == f"{db.SCHEMA_VERSION}\n"
+    assert run("migrate", dsn=empty_dsn).out == f"{db.SCHEMA_VERSION}\n"
+    assert run("migrate", "--current", "--dsn", empty_dsn).out == f"{db.SCHEMA_VERSION}\n"
 
 
 def test_migrate_prints_sql_without_a_database(run: Any, empty_dsn: str) -> None:
@@ -42,7 +43,7 @@ def test_migrate_prints_sql_without_a_database(run: Any, empty_dsn: str) -> None
     assert done.status == 0
     with psycopg.connect(empty_dsn, autocommit=True) as connection:
         connection.execute(done.out.encode())
-    assert run("migrate", "--current", dsn=empty_dsn).out == "pgchan_0001\n"
+    assert run("migrate", "--current", dsn=empty_dsn).out == f"{db.SCHEMA_VERSION}\n"
     assert "drop table" in run("migrate", "base", "--sql", "--start", "head").out
 
 
@@ -50,7 +51,7 @@ def test_a_downgrade_that_loses_data_wants_a_yes(run: Any, dsn: str) -> None:
     with psycopg.connect(dsn) as connection:
         connection.execute("select pgchan.publish('chat/1', '1')")
     assert "--yes" in refused(run("migrate", "base", dsn=dsn), 1)
-    assert run("migrate", "--current", dsn=dsn).out == "pgchan_0001\n"
+    assert run("migrate", "--current", dsn=dsn).out == f"{db.SCHEMA_VERSION}\n"
     assert run("migrate", "base", "--yes", dsn=dsn).out == "base\n"
 
 
@@ -58,7 +59,7 @@ def test_a_downgrade_that_loses_nothing_does_not_ask(run: Any, dsn: str) -> None
     assert run("migrate", "base", dsn=dsn).out == "base\n"
 
 
-@pytest.mark.parametrize(("answer", "left"), [("y", "base"), ("n", "pgchan_0001")])
+@pytest.mark.parametrize(("answer", "left"), [("y", "base"), ("n", db.SCHEMA_VERSION)])
 def test_at_a_terminal_a_downgrade_asks(run: Any, dsn: str, answer: str, left: str) -> None:
     with psycopg.connect(dsn) as connection:
         connection.execute("select pgchan.publish('chat/1', '1')")

@@ -13,18 +13,20 @@ from typing import Any
 
 import psycopg
 import pytest
+import release
 import sqlalchemy
 from catalog import describe
 from cluster import binary
 from doors import pretend
+from freeze import RELEASED
 
-from pgchan import migrate, migrations
+from pgchan import db, migrate, migrations
 from pgchan.errors import Error, InvalidInput, SchemaMismatch, Unavailable, UnsafeDeployment
 from pgchan.migrations import statements
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = ROOT / "pgchan" / "schema.sql"
-HEAD = "pgchan_0001"
+HEAD = db.SCHEMA_VERSION
 
 
 def alembic(*arguments: str, cwd: Path, dsn: str | None = None) -> str:
@@ -131,14 +133,14 @@ from alembic import op
 revision, down_revision = "app_2", "app_1"
 
 def upgrade():
-    pgchan.migrations.upgrade(op, to="pgchan_0001")
+    pgchan.migrations.upgrade(op, to="HEAD")
     op.execute("select pgchan.publish('orders', '{}')")
     op.add_column("orders", sa.Column("note", sa.Text))
 
 def downgrade():
     op.drop_column("orders", "note")
-    pgchan.migrations.downgrade(op, to="base", start="pgchan_0001")
-"""
+    pgchan.migrations.downgrade(op, to="base", start="HEAD")
+""".replace("HEAD", HEAD)
 
 
 # ---- the same tables
@@ -257,6 +259,38 @@ def test_an_open_connection_and_its_transaction_are_the_callers(empty_dsn: str) 
             connection.rollback()
         assert migrate._current(connection) is None
     assert catalog(empty_dsn) == []
+
+
+# ---- from one revision to the next
+
+
+@pytest.mark.parametrize("released", RELEASED, ids=str)
+def test_a_released_revision_has_the_text_that_it_was_released_with(released: str) -> None:
+    directory = ROOT / "migrations" / "versions"
+    for suffix in (".py", ".sql", ".down.sql"):
+        text = release.text(RELEASED[released], f"pgchan/migrations/versions/{released}{suffix}")
+        assert (directory / f"{released}{suffix}").read_text("utf-8") == text, "write a new revision instead"
+
+
+def test_up_from_the_last_release_equals_schema_sql_and_down_its_own(
+    empty_dsn: str, make_database: Any, wanted: list[str]
+) -> None:
+    last = max(RELEASED)
+    as_released = make_database("template0")
+    with psycopg.connect(as_released) as connection:
+        connection.execute(release.text(RELEASED[last], "pgchan/schema.sql").encode())
+    migrate.upgrade(empty_dsn, last)
+    assert catalog(empty_dsn) == catalog(as_released)
+    with psycopg.connect(empty_dsn) as connection:  # columns that are added must suit rows that exist
+        connection.execute("select pgchan.publish('chat/1', '1'), pgchan.start('essay', id => 'r')")
+    for _ in range(2):
+        assert migrate.upgrade(empty_dsn) == HEAD
+        assert catalog(empty_dsn) == wanted, "run `make freeze`; a new column stands last in its table"
+        assert migrate.downgrade(empty_dsn, last) == last
+        assert catalog(empty_dsn) == catalog(as_released)
+    with psycopg.connect(empty_dsn) as connection:
+        assert connection.execute("select body from pgchan.read('chat/1')").fetchall() == [(1,)]
+        assert connection.execute("select state from pgchan.run_status").fetchall() == [("scheduled",)]
 
 
 # ---- down

@@ -17,6 +17,8 @@ from catalog import describe
 from packaging.requirements import Requirement
 from psycopg import connect
 
+from pgchan import db
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("pgchan", "migrations", "server", "examples")
 
@@ -120,8 +122,8 @@ def test_the_wheel_holds_each_file_once(wheel: Path) -> None:
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"pgchan"}
     for wanted in (
         "pgchan/py.typed", "pgchan/schema.sql", "pgchan/migrations/env.py", "pgchan/migrations/script.py.mako",
-        "pgchan/migrations/versions/pgchan_0001.py", "pgchan/migrations/versions/pgchan_0001.sql",
-        "pgchan/migrations/versions/pgchan_0001.down.sql", "pgchan/server/__init__.py", "pgchan/examples/__init__.py",
+        *(f"pgchan/migrations/versions/{db.SCHEMA_VERSION}{suffix}" for suffix in (".py", ".sql", ".down.sql")),
+        "pgchan/server/__init__.py", "pgchan/examples/__init__.py",
     ):  # fmt: skip
         assert wanted in names
 
@@ -153,17 +155,18 @@ print(pgchan.__file__)
 
 
 def test_the_command_migrates_a_database(installed: Path, outside: Path, empty_dsn: str) -> None:
-    assert run(installed / "pgchan", "migrate", cwd=outside, PGCHAN_DSN=empty_dsn) == "pgchan_0001\n"
+    assert run(installed / "pgchan", "migrate", cwd=outside, PGCHAN_DSN=empty_dsn) == f"{db.SCHEMA_VERSION}\n"
     with connect(empty_dsn) as connection:
         assert describe(connection)
-    assert run(installed / "pgchan", "migrate", "--current", "--dsn", empty_dsn, cwd=outside) == "pgchan_0001\n"
+    current = run(installed / "pgchan", "migrate", "--current", "--dsn", empty_dsn, cwd=outside)
+    assert current == f"{db.SCHEMA_VERSION}\n"
 
 
 def test_alembic_migrates_a_database_from_an_applications_ini(installed: Path, tmp_path: Path, empty_dsn: str) -> None:
     (tmp_path / "alembic.ini").write_text("[pgchan]\nscript_location = pgchan.migrations:\n")
     python = [installed / "python", "-m", "alembic", "-n", "pgchan"]
     run(*python, "upgrade", "head", cwd=tmp_path, PGCHAN_DSN=empty_dsn)
-    assert "pgchan_0001 (head)" in run(*python, "current", cwd=tmp_path, PGCHAN_DSN=empty_dsn)
+    assert f"{db.SCHEMA_VERSION} (head)" in run(*python, "current", cwd=tmp_path, PGCHAN_DSN=empty_dsn)
 
 
 def test_the_version_is_the_packages(installed: Path, outside: Path) -> None:
