@@ -332,9 +332,8 @@ async def info(db: Db, name: str) -> ChannelInfo:
 async def create(db: Db, name: str, content_type: str, ttl: float | None) -> None:
     """Create the channel; see Channel.create."""
     names.check_content_type(content_type)
-    found = await db.call(
-        sql.CREATE_CHANNEL, name, content_type, names.check_optional_seconds(ttl, "ttl", 0.001)
-    )  # fmt: skip
+    ttl = names.check_optional_seconds(ttl, "ttl", 0.001)
+    found = await db.call(sql.CREATE_CHANNEL, name, content_type, ttl)
     if found[0] != content_type:
         raise errors.InvalidInput(f"channel {name!r} exists with content type {found[0]!r}, not {content_type!r}")
 
@@ -357,6 +356,14 @@ async def trim(db: Db, name: str, before: int) -> None:
             raise errors.channel_not_found(name)
         if found[0] >= before - 1:
             return
+
+
+async def set_retention(db: Db, name: str, messages: int | None, seconds: float | None) -> None:
+    """Bound what the channel keeps; see Channel.set_retention."""
+    checked = None if messages is None else names.check_integer(messages, "messages", 1, names.POSITION_MAX)
+    seconds = names.check_optional_seconds(seconds, "seconds")
+    if not (await db.call(sql.SET_CHANNEL_RETENTION, name, checked, seconds))[0]:
+        raise errors.channel_not_found(name)
 
 
 async def delete(db: Db, name: str, *, run: bool = False) -> None:

@@ -307,9 +307,12 @@ _ROLES: dict[str, frozenset[str]] = {
     }),
     "pgchan_subscriber": frozenset({
         "read", "status", "as_json", "ping", "take_probe", "free_probe", "channels", "messages", "runs", "workers",
+        "retention", "removed",
         "final_messages", "run_status", "channel_status", "worker_status", "pgchan", "version", "serves",
     }),
-    "pgchan_admin": frozenset({"trim_channel", "delete_channel", "resume", "fork", "call_fork"}),
+    "pgchan_admin": frozenset({
+        "trim_channel", "delete_channel", "resume", "fork", "call_fork", "set_retention", "set_channel_retention",
+    }),
 }  # fmt: skip
 
 

@@ -52,7 +52,7 @@ async def check(dsn: str | None = None, control_dsn: str | None = None) -> list[
             findings.append(await _listening(database))
         findings += await _weather(database)
         if "pgchan_subscriber" in roles:
-            findings += [await _strangers(database), await _late_runs(database)]
+            findings += [await _strangers(database), await _late_runs(database), await _upkeep(database)]
         else:
             findings.append(Finding("not looked at", True, "wakeups, workers and queues: this role may not read"))
     except errors.Error as error:
@@ -168,3 +168,17 @@ async def _late_runs(database: AsyncpgDb) -> Finding:
         return Finding("queues", True, "no run waits for a worker")
     detail = f"{late} run(s) have been ready for over a minute; is a worker with their workflow and queue up?"
     return Finding("queues", False, detail)
+
+
+async def _upkeep(database: AsyncpgDb) -> Finding:
+    """Whether what is over gets removed; only workers do that."""
+    ((ended_runs, channels, runs, messages),) = await database.fetch(sql.UPKEEP_BACKLOG)
+    kept = "for ever" if ended_runs is None else f"for {ended_runs:g} s"
+    if channels or runs:
+        detail = (
+            f"{channels} channel(s) and {runs} ended run(s) should be gone by now; "
+            "is a worker up? without any, call pgchan.upkeep() from time to time"
+        )
+        return Finding("upkeep", False, detail)
+    left = f"; {messages} messages of removed channels are left to delete" if messages else ""
+    return Finding("upkeep", True, f"nothing is overdue; ended runs are kept {kept}{left}")

@@ -105,7 +105,10 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class ChannelInfo:
-    """A channel's state. head: last position, 0 while empty. trimmed: last position removed. expires_at: with a ttl."""
+    """A channel's state. head: last position, 0 while empty. trimmed: last position removed. expires_at: with a ttl.
+
+    keep_messages, keep_seconds: what set_retention() has bounded; None: it has not.
+    """
 
     name: str
     head: int
@@ -115,6 +118,8 @@ class ChannelInfo:
     content_type: str
     created_at: datetime
     expires_at: datetime | None
+    keep_messages: int | None = None
+    keep_seconds: float | None = None
 
 
 class RunError(str):

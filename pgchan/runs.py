@@ -176,6 +176,11 @@ async def fork(db: Db, run: str, step: str, id: str | None) -> tuple[str, bool]:
     return new, started(new, outcome)
 
 
+async def set_retention(db: Db, ended_runs: float | None) -> None:
+    """How long runs are kept after their end; see AsyncClient.set_retention."""
+    await db.call(sql.SET_RETENTION, names.check_optional_seconds(ended_runs, "ended_runs"))
+
+
 async def journal_name(db: Db, run: str) -> str:
     """The name of the channel that holds the run's results."""
     rows = await db.fetch(sql.RUN_JOURNAL, run)

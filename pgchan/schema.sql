@@ -7,7 +7,7 @@
 -- The EPOCH of a channel fences out earlier owners: a claim raises it, and a write that names an older one is refused.
 --
 -- The life of a run: enqueue → claim → append (steps, output, consumed signals) → [suspend → deliver → claim] → finish.
--- A worker dies: reap → claim by another. People: deliver (a signal), cancel, resume.
+-- A worker dies: reap → claim by another. People: deliver (a signal), cancel, resume. What is over: upkeep.
 --
 -- Rules that hold everywhere in this file:
 --   * Lock order: rows of workers, then rows of runs, then rows of channels, each in id order. Nothing takes a runs row
@@ -40,11 +40,15 @@ create table pgchan.channels (
   closed_at     timestamptz,                       -- takes no messages from then on
   ttl           double precision,                  -- seconds after creation at which the channel may be removed
   expires_at    timestamptz,
-  created_at    timestamptz not null default clock_timestamp()
+  created_at    timestamptz not null default clock_timestamp(),
+  keep_messages bigint,                            -- the upkeep trims it to its last so many messages; null: it does not
+  keep_seconds  double precision                   -- and to those that are no older
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02);
--- Serves `expire`. No append changes expires_at.
+-- Serves `upkeep`: which channels have expired. No append changes expires_at.
 create index channels_expiry on pgchan.channels (expires_at) where expires_at is not null;
 alter sequence pgchan.channel_numbers owned by pgchan.channels.id;
+-- Serves `upkeep`: which channels are to be trimmed. No append changes these columns.
+create index channels_kept on pgchan.channels (id) where keep_messages is not null or keep_seconds is not null;
 
 -- One row: one message. No foreign key to channels: checking it would double the cost of an insert, and only routines
 -- in this file insert here.
@@ -112,6 +116,26 @@ create index runs_worker on pgchan.runs (worker) where worker is not null;
 create index runs_recent on pgchan.runs (created_at desc);
 -- Serves the removal of a journal's channel.
 create index runs_journal on pgchan.runs (journal_id);
+-- Serves `upkeep`: which runs ended long ago.
+create index runs_ended on pgchan.runs (ended_at) where ended_at is not null;
+
+-- One row in all: what is kept, and how far the upkeep has come on its rounds. Who locks it does the next batch.
+create table pgchan.retention (
+  id            boolean primary key default true check (id),
+  ended_runs    double precision,                  -- seconds that a run is kept after its end; null: for ever
+  expired_to    timestamptz,                       -- where the next batch goes on; null: at the beginning
+  ended_to      timestamptz,
+  kept_to       bigint
+);
+insert into pgchan.retention default values;
+
+-- One row: a channel that is gone and had so many messages that later batches of the upkeep delete them. Nobody reaches
+-- them meanwhile: all that reads messages looks for their channel first, and ids are not used again.
+create table pgchan.removed (
+  channel_id    bigint primary key,
+  trimmed       bigint not null,                   -- last position that is deleted
+  head          bigint not null                    -- last position to delete
+);
 
 -- Messages without void output: what an unfinished attempt of a step left behind before a later one started over. Only
 -- resets have a void_from. That their kind is 2 is not asked for, or the planner might take messages_special.
@@ -587,7 +611,8 @@ begin
   return boundary;
 end $$;
 
--- Delete a channel and its messages; of a run that has ended, its journal too. Outcomes: deleted, missing, running.
+-- Delete a channel and its messages; of a run that has ended, its journal too. Outcomes: deleted, missing, running. Past
+-- 10,000 messages, which take about a tenth of a second, the upkeep deletes them.
 create function pgchan.delete_channel(name text) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -604,31 +629,258 @@ begin
   if target is null then
     return 'missing';
   end if;
-  delete from pgchan.messages m where m.channel_id in (target, run.journal_id);
-  delete from pgchan.runs r where r.channel_id = target;
-  delete from pgchan.channels c where c.id in (target, run.journal_id);
+  perform pgchan.remove_channels(array_remove(array[target, run.journal_id], null), 10000);
   perform pgchan.wake(array[target], array[-1]);
   return 'deleted';
 end $$;
 
--- Remove expired channels, at most `most`, oldest first; those of runs that have not ended stay. Returns how many.
-create function pgchan.expire(most integer default 100) returns integer
+-- Remove channels that the caller has locked, and the runs that they belong to. Their messages go with them, the fewest
+-- first, as long as they are at most `most`; those of the others are left to `upkeep`. Returns how many were deleted.
+create function pgchan.remove_channels(ids bigint[], most bigint) returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
-  doomed text;
-  gone integer := 0;
+  gone bigint;
 begin
-  for doomed in
-    select c.name from pgchan.channels c
-    where c.expires_at <= clock_timestamp()
-      and not exists (select from pgchan.runs r where r.channel_id = c.id and r.ended_at is null)
-    order by c.expires_at limit most for update skip locked
-  loop
-    if pgchan.delete_channel(doomed) = 'deleted' then
-      gone := gone + 1;
+  insert into pgchan.removed (channel_id, trimmed, head)
+    select s.id, s.trimmed, s.head from (
+      select c.id, c.trimmed, c.head, sum(c.head - c.trimmed) over (order by c.head - c.trimmed, c.id) as total
+      from pgchan.channels c where c.id = any (ids)) s
+    where s.total > most and s.head > s.trimmed;
+  delete from pgchan.messages m
+    where m.channel_id = any (ids) and not exists (select from pgchan.removed r where r.channel_id = m.channel_id);
+  get diagnostics gone = row_count;
+  delete from pgchan.runs r where r.channel_id = any (ids);
+  delete from pgchan.channels c where c.id = any (ids);
+  return gone;
+end $$;
+
+-- Keep the last `messages` of a channel and none older than `seconds`; null: no such bound. False if there is no channel.
+create function pgchan.set_channel_retention(channel text, messages bigint, seconds double precision) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  if messages < 1 or not seconds between 0 and 1e9 then
+    raise exception 'a channel keeps at least one message, for 0 to 1e9 seconds'
+      using errcode = 'PC001', hint = 'null is no bound';
+  end if;
+  perform pgchan.force_durability();
+  update pgchan.channels c set keep_messages = messages, keep_seconds = seconds
+    where c.name = set_channel_retention.channel;
+  return found;
+end $$;
+
+-- ------------------------------------------------------------------------------------------------ upkeep
+
+-- How the database stays small. Each worker calls `upkeep` now and then. The one that gets the lock on the row of
+-- `retention` does a batch; the others go on with their work. A batch is one short transaction, so if it is cut short
+-- nothing of it has happened, and the lock is free. It waits for nobody: what is locked is left to a later round. Each
+-- kind of work goes round in windows of candidates, in which those that must stay are passed over: however many runs
+-- with an expired channel have not ended, a batch looks at a few hundred.
+
+-- Keep runs for so many seconds after their end, with all that they said and recorded; null: for ever.
+create function pgchan.set_retention(ended_runs double precision) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  if not ended_runs between 0 and 1e9 then
+    raise exception 'ended runs are kept for 0 to 1e9 seconds' using errcode = 'PC001', hint = 'null is for ever';
+  end if;
+  perform pgchan.force_durability();
+  update pgchan.retention r set ended_runs = set_retention.ended_runs;
+end $$;
+
+-- Do one batch. Returns how many channels and how many messages went, and whether there is more to do at once; nulls if
+-- another one is under way. most: messages, so that the batch, and with it what a publisher may have to wait for while
+-- his channel is trimmed, is over within some tens of milliseconds.
+create function pgchan.upkeep(most integer default 2000, out channels bigint, out messages bigint, out more boolean)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_variable
+declare
+  policy pgchan.retention;
+  expired record;
+  ended record;
+  kept record;
+begin
+  select r.* into policy from pgchan.retention r for update skip locked;
+  if not found then
+    return;
+  end if;
+  perform pgchan.force_durability();
+  channels := 0;
+  messages := pgchan.delete_removed(most);
+  select * into expired from pgchan.remove_expired(policy.expired_to, most - messages) e;
+  select * into ended from pgchan.remove_ended(policy.ended_runs, policy.ended_to, most - messages - expired.messages) e;
+  channels := expired.channels + ended.channels;
+  messages := messages + expired.messages + ended.messages;
+  select * into kept from pgchan.trim_kept(policy.kept_to, most - messages) k;  -- last: publishers may wait for it
+  messages := messages + kept.messages;
+  more := messages >= most or (channels > 0 or kept.messages > 0)
+                              and (expired.reached, ended.reached, kept.reached) is distinct from (null, null, null);
+  if (policy.expired_to, policy.ended_to, policy.kept_to)
+     is distinct from (expired.reached, ended.reached, kept.reached) then
+    update pgchan.retention r set expired_to = expired.reached, ended_to = ended.reached, kept_to = kept.reached;
+  end if;
+end $$;
+
+-- What workers of pgchan_0001 call instead. Goes with the revision that does not serve them any more.
+create function pgchan.expire(most integer default 100) returns integer
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  select u.channels::integer from pgchan.upkeep() u
+$$;
+
+-- The parts of `upkeep`. Each does nothing when `most` is used up, begins after where its last batch came to, and returns
+-- where this one came to; null: the round is over.
+
+-- Delete messages whose channel is gone; how many.
+create function pgchan.delete_removed(most bigint) returns bigint
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  one pgchan.removed;
+  boundary bigint;
+  gone bigint := 0;
+begin
+  for one in select r.* from pgchan.removed r order by r.channel_id limit 100 loop
+    exit when gone >= most;
+    boundary := least(one.head, one.trimmed + most - gone);
+    -- By positions, and not the first so many: those that were deleted before stay in the index until it is vacuumed.
+    delete from pgchan.messages m
+      where m.channel_id = one.channel_id and m."position" > one.trimmed and m."position" <= boundary;
+    gone := gone + boundary - one.trimmed;
+    if boundary = one.head then
+      delete from pgchan.removed r where r.channel_id = one.channel_id;
+    else
+      update pgchan.removed r set trimmed = boundary where r.channel_id = one.channel_id;
     end if;
   end loop;
   return gone;
+end $$;
+
+-- Remove channels whose time is over.
+create function pgchan.remove_expired(
+  after timestamptz, most bigint, out channels bigint, out messages bigint, out reached timestamptz)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  ids bigint[];
+begin
+  reached := after;
+  if most > 0 then
+    select array_agg(d.id), max(d.expires_at) into ids, reached from (
+      select c.id, c.expires_at from pgchan.channels c
+      where c.expires_at <= clock_timestamp() and c.expires_at > coalesce(after, '-infinity')
+      order by c.expires_at limit 500) d;
+    if coalesce(cardinality(ids), 0) < 500 then
+      reached := null;
+    end if;
+  end if;
+  select r.* into channels, messages from pgchan.remove_free(coalesce(ids, '{}'), most) r;
+end $$;
+
+-- Remove runs that ended more than so many seconds ago. A channel with a time of its own goes by that. A run that another
+-- one has started goes after it, or when that one has begun anew with a fresh journal: it may be asked for its result.
+create function pgchan.remove_ended(
+  seconds double precision, after timestamptz, most bigint,
+  out channels bigint, out messages bigint, out reached timestamptz)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  ids bigint[];
+  seen integer := 0;
+begin
+  reached := after;
+  if most > 0 then
+    select array_agg(d.channel_id) filter (where d.may_go), max(d.ended_at), count(*) into ids, reached, seen from (
+      select r.channel_id, r.ended_at, c.expires_at is null and not exists (
+          select from pgchan.runs p join pgchan.channels j on j.id = p.journal_id
+          where p.channel_id = r.parent and r.created_at >= j.created_at) as may_go
+      from pgchan.runs r join pgchan.channels c on c.id = r.channel_id
+      where r.ended_at < clock_timestamp() - make_interval(secs => seconds)
+        and r.ended_at > coalesce(after, '-infinity')
+      order by r.ended_at limit 500) d;
+    if seen < 500 then
+      reached := null;
+    end if;
+  end if;
+  select r.* into channels, messages from pgchan.remove_free(coalesce(ids, '{}'), most) r;
+end $$;
+
+-- Remove those of these channels that nobody has locked and whose run, if they have one, has ended.
+create function pgchan.remove_free(ids bigint[], most bigint, out channels bigint, out messages bigint)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  ended bigint[];
+  free bigint[];
+  doomed bigint[];
+begin
+  channels := 0;
+  messages := 0;
+  if cardinality(ids) = 0 then
+    return;
+  end if;
+  select coalesce(array_agg(l.channel_id), '{}') into ended from (
+    select r.channel_id from pgchan.runs r where r.channel_id = any (ids) and r.ended_at is not null
+    order by r.channel_id for update skip locked) l;
+  select coalesce(array_agg(l.id), '{}') into free from (
+    select c.id from pgchan.channels c
+    where c.id = any (ids) or c.id in (select r.journal_id from pgchan.runs r where r.channel_id = any (ended))
+    order by c.id for update skip locked) l;
+  -- Asked once more now that they are locked: a run may just have been started on one of them.
+  select count(*), array_agg(c.id) || array_remove(array_agg(r.journal_id), null) into channels, doomed
+    from pgchan.channels c left join pgchan.runs r on r.channel_id = c.id
+    where c.id = any (ids) and c.id = any (free)
+      and (r.channel_id is null or r.channel_id = any (ended) and r.journal_id = any (free));
+  messages := pgchan.remove_channels(coalesce(doomed, '{}'), most);
+end $$;
+
+-- Trim the channels that are to keep a number of messages or an age, as far as no run that goes on needs what it said
+-- itself, and signals that nobody has consumed.
+create function pgchan.trim_kept(after bigint, most bigint, out messages bigint, out reached bigint)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_variable
+declare
+  one bigint;
+  channel pgchan.channels;
+  oldest timestamptz;
+  room bigint;
+  boundary bigint;
+  seen integer := 0;
+begin
+  messages := 0;
+  reached := after;
+  for one in
+    select c.id from pgchan.channels c
+    where (c.keep_messages is not null or c.keep_seconds is not null) and c.id > coalesce(after, 0)
+    order by c.id limit 100
+  loop
+    room := most - messages;
+    exit when room <= 0;
+    seen := seen + 1;
+    reached := one;
+    select c.* into channel from pgchan.channels c
+      where c.id = one and (
+        c.head - c.trimmed > c.keep_messages
+        or exists (select from pgchan.messages m where m.channel_id = c.id and m."position" = c.trimmed + 1
+                     and m.at < clock_timestamp() - make_interval(secs => c.keep_seconds)))
+      for no key update skip locked;
+    continue when not found;
+    oldest := clock_timestamp() - make_interval(secs => channel.keep_seconds);
+    boundary := least(channel.trimmed + room, greatest(
+      channel.head - channel.keep_messages,
+      (select coalesce(min(m."position") - 1, channel.trimmed + room) from pgchan.messages m
+       where m.channel_id = one and m."position" > channel.trimmed and m."position" <= channel.trimmed + room
+         and m.at >= oldest and oldest is not null)), channel.head);
+    boundary := least(boundary, (
+      select least(r.speaks_from, (select min(s."position") from pgchan.open_signals(one) s)) - 1
+      from pgchan.runs r where r.channel_id = one and r.ended_at is null));
+    continue when boundary <= channel.trimmed;
+    update pgchan.channels c set trimmed = boundary where c.id = one;
+    delete from pgchan.messages m
+      where m.channel_id = one and m."position" > channel.trimmed and m."position" <= boundary;
+    messages := messages + boundary - channel.trimmed;
+    if boundary = channel.trimmed + room then  -- there may be more of it
+      reached := one - 1;
+      return;
+    end if;
+  end loop;
+  if seen < 100 and messages < most then
+    reached := null;
+  end if;
 end $$;
 
 -- ------------------------------------------------------------------------------------------------ runs
@@ -1368,7 +1620,8 @@ create view pgchan.run_status as
   from pgchan.runs r join pgchan.channels c on c.id = r.channel_id left join pgchan.workers w on w.id = r.worker;
 
 create view pgchan.channel_status as
-  select c.name, c.head, c.trimmed, c.epoch, c.closed_at is not null as closed, c.content_type, c.created_at, c.expires_at
+  select c.name, c.head, c.trimmed, c.epoch, c.closed_at is not null as closed, c.content_type, c.created_at, c.expires_at,
+         c.keep_messages, c.keep_seconds
   from pgchan.channels c where c.name not like 'pgchan:%';
 
 create view pgchan.worker_status as
@@ -1449,24 +1702,25 @@ begin
     pgchan.ping, pgchan.take_probe, pgchan.free_probe                  -- its LISTEN connection
     to pgchan_subscriber, pgchan_worker, pgchan_admin;
   grant select on
-    pgchan.channels, pgchan.messages, pgchan.workers,
+    pgchan.channels, pgchan.messages, pgchan.workers, pgchan.retention, pgchan.removed,
     pgchan.final_messages, pgchan.run_status, pgchan.channel_status, pgchan.worker_status
     to pgchan_subscriber, pgchan_worker, pgchan_admin;
   grant select (channel_id, journal_id, workflow, version, queue, priority, state, wake_at, worker, attempt, speaks_from,
                 deadline, result, error, parent, created_at, started_at, ended_at)
     on pgchan.runs to pgchan_subscriber, pgchan_worker, pgchan_admin;
 
-  -- A worker does both and executes runs. `expire` removes only what has outlived the time it was created for.
+  -- A worker does both and executes runs. `upkeep` removes only what has outlived the time that an administrator gave it.
   grant execute on routine
     pgchan.append, pgchan.write, pgchan.claim, pgchan.suspend, pgchan.finish, pgchan.call_finish, pgchan.continue_run,
-    pgchan.release, pgchan.expire,
+    pgchan.release, pgchan.upkeep, pgchan.expire,
     pgchan.new_worker, pgchan.register, pgchan.come_back, pgchan.leave, pgchan.reap,
     pgchan.take_lock, pgchan.await_lock, pgchan.free_lock, pgchan.free_locks
     to pgchan_worker, pgchan_admin;
 
   -- An administrator does all of it, and what loses or revives something.
   grant execute on routine
-    pgchan.trim_channel, pgchan.delete_channel, pgchan.resume, pgchan.fork, pgchan.call_fork
+    pgchan.trim_channel, pgchan.delete_channel, pgchan.resume, pgchan.fork, pgchan.call_fork, pgchan.set_retention,
+    pgchan.set_channel_retention
     to pgchan_admin;
 end $$;
 revoke all on procedure pgchan.grant_roles() from public;

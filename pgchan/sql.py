@@ -76,17 +76,21 @@ select c.content_type, c.created from pgchan.create_channel($1::text, $2::text, 
 CLOSE_CHANNEL = "select pgchan.close_channel($1::text)"
 TRIM_CHANNEL = "select pgchan.trim_channel($1::text, $2::bigint)"
 DELETE_CHANNEL = "select pgchan.delete_channel($1::text)"
-EXPIRE = "select pgchan.expire()"
+SET_RETENTION = "select pgchan.set_retention($1::double precision)"
+SET_CHANNEL_RETENTION = "select pgchan.set_channel_retention($1::text, $2::bigint, $3::double precision)"
+UPKEEP = "select u.channels, u.messages, u.more from pgchan.upkeep() u"
 
 # A channel as its readers are told of it.
 CHANNEL_INFO = """
-select c.name, c.head, c.trimmed, c.epoch, c.closed_at is not null, c.content_type, c.created_at, c.expires_at
+select c.name, c.head, c.trimmed, c.epoch, c.closed_at is not null, c.content_type, c.created_at, c.expires_at,
+       c.keep_messages, c.keep_seconds
 from pgchan.channels c where c.name = $1::text
 """
 
 # Channels by name, page by page; $2 is a LIKE pattern of the prefix.
 CHANNELS = """
-select c.name, c.head, c.trimmed, c.epoch, c.closed_at is not null, c.content_type, c.created_at, c.expires_at
+select c.name, c.head, c.trimmed, c.epoch, c.closed_at is not null, c.content_type, c.created_at, c.expires_at,
+       c.keep_messages, c.keep_seconds
 from pgchan.channels c
 where c.name not like 'pgchan:%' and c.name > $1::text and c.name like $2::text order by c.name limit $3::integer
 """
@@ -340,6 +344,22 @@ from (select 1) one left join lateral (
   select a.pid, extract(epoch from clock_timestamp() - a.xact_start)::double precision as seconds
   from pg_stat_activity a where a.backend_xmin is not null and a.xact_start is not null and a.pid <> pg_backend_pid()
   order by age(a.backend_xmin) desc limit 1) s on true
+"""
+# How long ended runs are kept; how many channels and runs, counted up to 10,000, the `upkeep` should have removed ten
+# minutes ago; how many messages of removed channels are left.
+UPKEEP_BACKLOG = """
+select p.ended_runs,
+       (select count(*) from (
+          select from pgchan.channels c where c.expires_at < clock_timestamp() - interval '10 minutes'
+            and not exists (select from pgchan.runs r where r.channel_id = c.id and r.ended_at is null) limit 10000) e),
+       (select count(*) from (
+          select from pgchan.runs r join pgchan.channels c on c.id = r.channel_id
+          where r.ended_at < clock_timestamp() - make_interval(secs => p.ended_runs) - interval '10 minutes'
+            and c.expires_at is null and not exists (
+              select from pgchan.runs o join pgchan.channels j on j.id = o.journal_id
+              where o.channel_id = r.parent and r.created_at >= j.created_at) limit 10000) e),
+       (select coalesce(sum(r.head - r.trimmed), 0)::bigint from pgchan.removed r)
+from pgchan.retention p
 """
 # How many runs have been ready for a minute.
 LATE_RUNS = """

@@ -134,6 +134,15 @@ class Client:
             self._use(), state=state, workflow=workflow, queue=queue, limit=limit, after=after
         ))  # fmt: skip
 
+    def set_retention(self, *, ended_runs: float | None) -> None:
+        """Keep runs for `ended_runs` seconds after their end; None: for ever, as at first.
+
+        Then workers remove them, with all that they said and recorded, and their ids may be used again. A run that
+        another one has started stays as long as that one may ask for its result; a channel with a ttl goes by that.
+        Raises InvalidInput.
+        """
+        drive(runs.set_retention(self._use(), ended_runs))
+
     def workers(self) -> list[WorkerInfo]:
         """The workers that are registered, and how many runs each executes."""
         return [WorkerInfo(*row) for row in drive(self._use().fetch(sql.WORKERS))]
@@ -225,8 +234,9 @@ class Channel:
         return drive(channels.info(self._client._use(), self.name))
 
     def create(self, content_type: str = "application/json", ttl: float | None = None) -> None:
-        """Create the channel, unless it exists. ttl: seconds after which it may be removed, with all messages.
+        """Create the channel, unless it exists. ttl: seconds after which workers remove it, with all messages.
 
+        The channel of a run stays until that has ended.
         Raises InvalidInput if it exists with another content type.
         """
         drive(channels.create(self._client._use(), self.name, content_type, ttl))
@@ -241,6 +251,15 @@ class Channel:
     def trim(self, before: int) -> None:
         """Remove the messages before a position. Raises ChannelNotFound, InvalidInput past the head plus one."""
         drive(channels.trim(self._client._use(), self.name, before))
+
+    def set_retention(self, *, messages: int | None = None, seconds: float | None = None) -> None:
+        """Keep only the last `messages`, and none that is older than `seconds`; None: no such bound, as at first.
+
+        Workers trim the channel now and then, so for a while it may hold more. A reader that stands before what is
+        kept is told Trimmed. Signals that nobody has consumed stay, and what a run that has not ended says on it.
+        Raises ChannelNotFound, InvalidInput.
+        """
+        drive(channels.set_retention(self._client._use(), self.name, messages, seconds))
 
     def delete(self) -> None:
         """Delete the channel with its messages; its readers are told HistoryLost. Raises ChannelNotFound."""

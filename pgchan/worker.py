@@ -19,6 +19,7 @@ import contextlib
 import contextvars
 import logging
 import os
+import random
 import signal
 import socket
 import time
@@ -37,7 +38,7 @@ from pgchan.wakeups import SWEEP_SECONDS, Pace, Watch
 from pgchan.workflows import DEFAULT_QUEUE, Workflow
 
 CLAIM_MAX = 100  # runs per claim; more in one transaction would keep others waiting
-HOUSEKEEPING_SECONDS = 10.0  # how often to look for runs without code, and to remove expired channels
+UPKEEP_SECONDS = 10.0  # how often to look for runs without code, and for what is over and can be removed
 CHECK_SECONDS = 5.0  # how often to compare what is executed with what is held
 DEADLINE_CHECK = 0.02  # of the lease: how late a passed deadline is noticed
 FINISH_SECONDS_MAX = 1.0  # longest pause between tries to record a run's end
@@ -159,7 +160,7 @@ class Worker:
             db.listener.hub.on_queue(number, self._claim_soon.set)
         background = [
             asyncio.create_task(self._forever(self._pump_inbox), name="pgchan inbox"),
-            asyncio.create_task(self._forever(self._housekeeping), name="pgchan housekeeping"),
+            asyncio.create_task(self._forever(self._upkeep), name="pgchan upkeep"),
             asyncio.create_task(self._forever(lambda: self._keep_deadline(liveness)), name="pgchan deadline"),
         ]
         log.info("worker %s (%d) claims from %s", self.name, self.id, ", ".join(self.queues))
@@ -212,7 +213,7 @@ class Worker:
                 log.exception("worker %s", self.name)
                 await asyncio.sleep(SWEEP_SECONDS)
 
-    async def _housekeeping(self) -> None:
+    async def _upkeep(self) -> None:
         db = self.client._use()
         for workflow, count in await db.fetch(sql.UNKNOWN_WORKFLOWS, list(self.queues), list(self.workflows)):
             if workflow not in self._warned:
@@ -221,8 +222,13 @@ class Worker:
                     "%d run(s) of workflow %r are ready, but worker %s has no such workflow; they stay in their queue",
                     count, workflow, self.name,
                 )  # fmt: skip
-        await db.call(sql.EXPIRE)
-        await asyncio.sleep(HOUSEKEEPING_SECONDS)
+        more = True
+        while more:
+            began = time.monotonic()
+            _, _, more = await db.call(sql.UPKEEP)  # None: another worker is at it
+            point("upkept")
+            await asyncio.sleep(time.monotonic() - began)  # a long backlog takes half of the time of one connection
+        await asyncio.sleep(UPKEEP_SECONDS * random.uniform(0.5, 1.0))  # noqa: S311 - not all at the same time
 
     # -- liveness tells
 

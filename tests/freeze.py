@@ -10,7 +10,7 @@ The next one leads from that release's schema to pgchan/schema.sql, and back by 
     and views     stay. Those whose arguments or columns differ in a way that it cannot follow are dropped first
     the rest      rows that schema.sql inserts: once; grants: always
 
-What cannot be derived is what the new columns of old rows get: BACKFILL. tests/test_migrations.py proves that the way
+What cannot be derived is what becomes of rows: BACKFILL, FAREWELL. tests/test_migrations.py proves that the way
 up ends at schema.sql, and the way down at the release.
 """
 
@@ -33,6 +33,11 @@ REVISION = "pgchan_0002"
 
 # Statements that follow the changes of the tables on the way up. Everybody waits meanwhile: few rows, or a default.
 BACKFILL = ""
+# Statements that come first on the way down, while what it drops is still there.
+FAREWELL = """
+-- Nobody would ever delete them.
+delete from pgchan.messages m using pgchan.removed r where m.channel_id = r.channel_id;
+"""
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = ROOT / "pgchan" / "schema.sql"
@@ -141,14 +146,16 @@ VIEWS = """
                             where a.attrelid = c.oid and a.attnum > 0 order by a.attnum)
     from pg_class c where c.relnamespace = 'pgchan'::regnamespace and c.relkind = 'v'
 """
-# What each view stands on: routines and relations.
+# What each view stands on: routines, columns of tables, and views.
 STANDS_ON = """
-    select distinct v.relname, coalesce(p.proname, c.relname)
+    select distinct v.relname, coalesce(p.proname, case c.relkind when 'r' then c.relname || '.' || a.attname
+                                                                  else c.relname end)
     from pg_depend d join pg_rewrite w on w.oid = d.objid and d.classid = 'pg_rewrite'::regclass
     join pg_class v on v.oid = w.ev_class
     left join pg_proc p on d.refclassid = 'pg_proc'::regclass and p.oid = d.refobjid
     left join pg_class c on d.refclassid = 'pg_class'::regclass and c.oid = d.refobjid
-    where v.relnamespace = 'pgchan'::regnamespace and coalesce(p.proname, c.relname) <> v.relname
+    left join pg_attribute a on a.attrelid = c.oid and a.attnum = d.refobjsubid
+    where v.relnamespace = 'pgchan'::regnamespace and v.oid is distinct from c.oid
 """
 COLUMNS = """
     select c.relname, a.attname, format('%I %s', a.attname, format_type(a.atttypid, a.atttypmod))
@@ -190,12 +197,13 @@ class Schema:
         self.options = {t: {name: what for table, name, what in rows(OPTIONS) if table == t} for t in tables}
 
 
-def way(before: Schema, after: Schema, backfill: str = "") -> str:
+def way(before: Schema, after: Schema, *, first: str = "", backfill: str = "") -> str:
     """The statements that lead from one schema to another."""
     dropped = [name for name in before.text.routine if before.signatures[name] != after.signatures.get(name)]
-    lost = {table for table in before.text.table if before.columns[table].keys() - after.columns.get(table, {}).keys()}
+    lost = {f"{t}.{c}" for t in before.columns for c in before.columns[t].keys() - after.columns.get(t, {}).keys()}
     views = _dropped_views(before, after, {*dropped, *lost})
-    steps = [f"drop view pgchan.{view}" for view in views]
+    steps = statements.split(first)
+    steps += [f"drop view pgchan.{view}" for view in views]
     steps += [f"drop routine {before.signatures[name][1]}" for name in dropped]
     steps += _tables(before, after)
     steps += statements.split(backfill)
@@ -282,8 +290,11 @@ def freeze() -> list[Path]:
             after = Schema(REVISION, SCHEMA.read_text("utf-8"), connection)
     finally:
         cluster.remove()
-    up, down = VERSIONS / f"{REVISION}.sql", VERSIONS / f"{REVISION}.down.sql"
-    return [path for path, sql in ((up, way(before, after, BACKFILL)), (down, way(after, before))) if _write(path, sql)]
+    ways = {
+        VERSIONS / f"{REVISION}.sql": way(before, after, backfill=BACKFILL),
+        VERSIONS / f"{REVISION}.down.sql": way(after, before, first=FAREWELL),
+    }
+    return [path for path, sql in ways.items() if _write(path, sql)]
 
 
 def _write(path: Path, content: str) -> bool:

@@ -18,7 +18,7 @@ async def test_a_healthy_database_is_fine_in_every_respect(dsn: str) -> None:
     found = await verdicts(dsn)
     assert all(is_fine for is_fine, _ in found.values()), found
     assert {"connection", "schema", "rights", "wakeups"} < set(found)
-    assert {"queue of notifies", "old snapshot", "workers", "queues"} < set(found)
+    assert {"queue of notifies", "old snapshot", "workers", "queues", "upkeep"} < set(found)
 
 
 async def test_a_database_that_was_not_migrated_is_told_the_command(empty_dsn: str) -> None:

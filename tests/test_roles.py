@@ -45,17 +45,22 @@ ROUTINES = {
     },
     READS: {"read", "status", "as_json", "ping", "take_probe", "free_probe"},
     WORKS: {
-        "append", "write", "claim", "suspend", "finish", "call_finish", "continue_run", "release", "expire",
+        "append", "write", "claim", "suspend", "finish", "call_finish", "continue_run", "release", "upkeep",
+        "expire",
         "new_worker", "register", "come_back", "leave", "reap", "take_lock", "await_lock", "free_lock", "free_locks",
     },
-    ADMINISTERS: {"trim_channel", "delete_channel", "resume", "fork", "call_fork"},
+    ADMINISTERS: {
+        "trim_channel", "delete_channel", "resume", "fork", "call_fork", "set_retention", "set_channel_retention",
+    },
     NOBODY: {
         "append_one", "check_body", "check_key", "check_name", "force_durability", "grant_roles", "hold_family",
-        "lock_channels", "lock_runs", "open_signals", "owns", "settle", "supersede",
+        "lock_channels", "lock_runs", "open_signals", "owns", "settle", "supersede", "delete_removed",
+        "remove_channels", "remove_ended", "remove_expired", "remove_free", "trim_kept",
     },
 }  # fmt: skip
 READABLE = {
-    "channels", "messages", "workers", "final_messages", "run_status", "channel_status", "worker_status",
+    "channels", "messages", "workers", "retention", "removed", "final_messages", "run_status", "channel_status",
+    "worker_status",
 }  # fmt: skip
 READABLE_COLUMNS_OF_RUNS = {
     "channel_id", "journal_id", "workflow", "version", "queue", "priority", "state", "wake_at", "worker", "attempt",

@@ -17,7 +17,7 @@ begin
     tries := tries + 1;
     try_until := clock_timestamp() + make_interval(secs => case when tries % 4 = 0 then 1.5 else 0.3 end);
     begin
-      foreach relation in array array['workers', 'runs', 'channels', 'messages', 'final_messages', 'run_status', 'channel_status', 'worker_status'] loop
+      foreach relation in array array['workers', 'runs', 'channels', 'messages', 'retention', 'removed', 'final_messages', 'run_status', 'channel_status', 'worker_status'] loop
         perform set_config('lock_timeout', greatest(
           1, round(1000 * extract(epoch from try_until - clock_timestamp())))::integer || 'ms', true);
         execute format('lock table pgchan.%I in access exclusive mode', relation);
@@ -42,9 +42,172 @@ begin
   perform set_config('lock_timeout', before, true);
 end $$;
 
+-- Nobody would ever delete them.
+delete from pgchan.messages m using pgchan.removed r where m.channel_id = r.channel_id;
+
+drop view pgchan.channel_status;
+
+drop routine pgchan.remove_channels(bigint[], bigint);
+
+drop routine pgchan.set_channel_retention(text, bigint, double precision);
+
+drop routine pgchan.set_retention(double precision);
+
+drop routine pgchan.upkeep(integer);
+
+drop routine pgchan.delete_removed(bigint);
+
+drop routine pgchan.remove_expired(timestamp with time zone, bigint);
+
+drop routine pgchan.remove_ended(double precision, timestamp with time zone, bigint);
+
+drop routine pgchan.remove_free(bigint[], bigint);
+
+drop routine pgchan.trim_kept(bigint, bigint);
+
+drop index pgchan.channels_kept;
+
+drop index pgchan.runs_ended;
+
+drop table pgchan.retention;
+
+drop table pgchan.removed;
+
+alter table pgchan.channels
+  drop column keep_messages,
+  drop column keep_seconds;
+
 -- The schema's revision, read at start-up. Each migration redefines it.
 create or replace function pgchan.version() returns text
 language sql immutable security definer set search_path = pg_catalog, pg_temp as $$ select 'pgchan_0001' $$;
+
+-- Delete a channel and its messages; of a run that has ended, its journal too. Outcomes: deleted, missing, running.
+create or replace function pgchan.delete_channel(name text) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  run pgchan.runs;
+  target bigint;
+begin
+  perform pgchan.force_durability();
+  select r.* into run from pgchan.runs r join pgchan.channels c on c.id = r.channel_id
+    where c.name = delete_channel.name for update of r;
+  if found and run.ended_at is null then
+    return 'running';
+  end if;
+  select c.id into target from pgchan.channels c where c.name = delete_channel.name for update;
+  if target is null then
+    return 'missing';
+  end if;
+  delete from pgchan.messages m where m.channel_id in (target, run.journal_id);
+  delete from pgchan.runs r where r.channel_id = target;
+  delete from pgchan.channels c where c.id in (target, run.journal_id);
+  perform pgchan.wake(array[target], array[-1]);
+  return 'deleted';
+end $$;
+
+-- Remove expired channels, at most `most`, oldest first; those of runs that have not ended stay. Returns how many.
+create or replace function pgchan.expire(most integer default 100) returns integer
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  doomed text;
+  gone integer := 0;
+begin
+  for doomed in
+    select c.name from pgchan.channels c
+    where c.expires_at <= clock_timestamp()
+      and not exists (select from pgchan.runs r where r.channel_id = c.id and r.ended_at is null)
+    order by c.expires_at limit most for update skip locked
+  loop
+    if pgchan.delete_channel(doomed) = 'deleted' then
+      gone := gone + 1;
+    end if;
+  end loop;
+  return gone;
+end $$;
+
+create or replace view pgchan.channel_status as
+  select c.name, c.head, c.trimmed, c.epoch, c.closed_at is not null as closed, c.content_type, c.created_at, c.expires_at
+  from pgchan.channels c where c.name not like 'pgchan:%';
+
+-- Who may do what, through four roles that nobody logs in as: grant them to those who do. What is not in this list is
+-- the owner's alone. The routines that end in _messages, enqueue and deliver decide for themselves what a publisher may
+-- write; append trusts its caller, so it is a worker's. What may be read is never written but by routines.
+--
+-- Roles belong to the server, not to the database: another database may have made them, be making them now, or use them
+-- when this one is gone. So they are made where that is possible, taken as they are where they exist, and never dropped.
+-- If some are missing, because the migrating role may not create roles, nothing is granted: make them as somebody who
+-- may, and call this again as the owner. Calling it again is harmless. In plain SQL and no table of names, so that a
+-- routine which is gone fails here and not later.
+create or replace procedure pgchan.grant_roles()
+language plpgsql as $$
+begin
+  -- Each by itself: where another database's migration is making it as well, one of the two waits and finds it there.
+  begin
+    if pg_catalog.to_regrole('pgchan_publisher') is null then
+      create role pgchan_publisher nologin;
+    end if;
+  exception when duplicate_object or unique_violation or insufficient_privilege then
+  end;
+  begin
+    if pg_catalog.to_regrole('pgchan_subscriber') is null then
+      create role pgchan_subscriber nologin;
+    end if;
+  exception when duplicate_object or unique_violation or insufficient_privilege then
+  end;
+  begin
+    if pg_catalog.to_regrole('pgchan_worker') is null then
+      create role pgchan_worker nologin;
+    end if;
+  exception when duplicate_object or unique_violation or insufficient_privilege then
+  end;
+  begin
+    if pg_catalog.to_regrole('pgchan_admin') is null then
+      create role pgchan_admin nologin;
+    end if;
+  exception when duplicate_object or unique_violation or insufficient_privilege then
+  end;
+  if pg_catalog.to_regrole('pgchan_publisher') is null or pg_catalog.to_regrole('pgchan_subscriber') is null
+     or pg_catalog.to_regrole('pgchan_worker') is null or pg_catalog.to_regrole('pgchan_admin') is null then
+    return;
+  end if;
+
+  grant usage on schema pgchan to pgchan_publisher, pgchan_subscriber, pgchan_worker, pgchan_admin;
+  grant execute on routine pgchan.version, pgchan.serves to pgchan_publisher, pgchan_subscriber, pgchan_worker, pgchan_admin;
+
+  -- A publisher writes messages, starts runs, signals and cancels them; it reads nothing.
+  grant execute on routine
+    pgchan.publish, pgchan.start, pgchan.signal, pgchan.cancel,        -- in SQL
+    pgchan.append_messages, pgchan.write_messages, pgchan.find_channel, pgchan.create_channel, pgchan.close_channel,
+    pgchan.enqueue, pgchan.call_enqueue, pgchan.deliver, pgchan.call_deliver, pgchan.wake
+    to pgchan_publisher, pgchan_worker, pgchan_admin;
+
+  -- A subscriber reads everything but what runs were started with; it writes nothing.
+  grant execute on routine
+    pgchan.read, pgchan.status,                                        -- in SQL
+    pgchan.as_json,                                                    -- run_status calls it, with the reader's rights
+    pgchan.ping, pgchan.take_probe, pgchan.free_probe                  -- its LISTEN connection
+    to pgchan_subscriber, pgchan_worker, pgchan_admin;
+  grant select on
+    pgchan.channels, pgchan.messages, pgchan.workers,
+    pgchan.final_messages, pgchan.run_status, pgchan.channel_status, pgchan.worker_status
+    to pgchan_subscriber, pgchan_worker, pgchan_admin;
+  grant select (channel_id, journal_id, workflow, version, queue, priority, state, wake_at, worker, attempt, speaks_from,
+                deadline, result, error, parent, created_at, started_at, ended_at)
+    on pgchan.runs to pgchan_subscriber, pgchan_worker, pgchan_admin;
+
+  -- A worker does both and executes runs. `expire` removes only what has outlived the time it was created for.
+  grant execute on routine
+    pgchan.append, pgchan.write, pgchan.claim, pgchan.suspend, pgchan.finish, pgchan.call_finish, pgchan.continue_run,
+    pgchan.release, pgchan.expire,
+    pgchan.new_worker, pgchan.register, pgchan.come_back, pgchan.leave, pgchan.reap,
+    pgchan.take_lock, pgchan.await_lock, pgchan.free_lock, pgchan.free_locks
+    to pgchan_worker, pgchan_admin;
+
+  -- An administrator does all of it, and what loses or revives something.
+  grant execute on routine
+    pgchan.trim_channel, pgchan.delete_channel, pgchan.resume, pgchan.fork, pgchan.call_fork
+    to pgchan_admin;
+end $$;
 
 -- ------------------------------------------------------------------------------------------------ roles
 
