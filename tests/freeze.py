@@ -65,7 +65,7 @@ declare
 begin
   loop
     tries := tries + 1;
-    try_until := clock_timestamp() + make_interval(secs => case when tries % 4 = 0 then 1.5 else 0.3 end);
+    try_until := clock_timestamp() + make_interval(secs => case when tries % 4 = 0 then 1.2 else 0.3 end);
     begin
       foreach relation in array array[{relations}] loop
         perform set_config('lock_timeout', greatest(
