@@ -836,10 +836,9 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   one bigint;
   channel pgchan.channels;
-  oldest timestamptz;
   room bigint;
   boundary bigint;
-  seen integer := 0;
+  locked integer := 0;
 begin
   messages := 0;
   reached := after;
@@ -850,22 +849,35 @@ begin
   loop
     room := most - messages;
     exit when room <= 0;
-    seen := seen + 1;
-    reached := one;
-    select c.* into channel from pgchan.channels c
+    perform from pgchan.channels c
       where c.id = one and (
         c.head - c.trimmed > c.keep_messages
         or exists (select from pgchan.messages m where m.channel_id = c.id and m."position" = c.trimmed + 1
-                     and m.at < clock_timestamp() - make_interval(secs => c.keep_seconds)))
-      for no key update skip locked;
+                     and m.at < clock_timestamp() - make_interval(secs => c.keep_seconds)));
+    if not found then
+      reached := one;
+      continue;
+    end if;
+    -- A channel that is busy is locked most of the time, each time for a moment. Waiting for that one must not keep the
+    -- channels locked that were trimmed already, so it is left to the next batch, which begins with it.
+    if pgchan.lock_channels(array[one], case when messages = 0 then 50 else 1 end) <> '{}' then
+      exit when messages > 0;
+      reached := one;
+      locked := locked + 1;
+      exit when locked = 4;
+      continue;
+    end if;
+    reached := one;
+    select c.* into channel from pgchan.channels c where c.id = one;
     continue when not found;
-    oldest := clock_timestamp() - make_interval(secs => channel.keep_seconds);
-    boundary := least(channel.trimmed + room, greatest(
-      channel.head - channel.keep_messages,
-      (select coalesce(min(m."position") - 1, channel.trimmed + room) from pgchan.messages m
-       where m.channel_id = one and m."position" > channel.trimmed and m."position" <= channel.trimmed + room
-         and m.at >= oldest and oldest is not null)), channel.head);
-    boundary := least(boundary, (
+    boundary := channel.head - channel.keep_messages;
+    if channel.keep_seconds is not null then
+      select greatest(boundary, coalesce(min(m."position") - 1, channel.trimmed + room)) into boundary
+        from pgchan.messages m
+        where m.channel_id = one and m."position" > channel.trimmed and m."position" <= channel.trimmed + room
+          and m.at >= clock_timestamp() - make_interval(secs => channel.keep_seconds);
+    end if;
+    boundary := least(boundary, channel.trimmed + room, channel.head, (
       select least(r.speaks_from, (select min(s."position") from pgchan.open_signals(one) s)) - 1
       from pgchan.runs r where r.channel_id = one and r.ended_at is null));
     continue when boundary <= channel.trimmed;
@@ -875,10 +887,12 @@ begin
     messages := messages + boundary - channel.trimmed;
     if boundary = channel.trimmed + room then  -- there may be more of it
       reached := one - 1;
-      return;
+      exit;
     end if;
   end loop;
-  if seen < 100 and messages < most then
+  perform from pgchan.channels c
+    where (c.keep_messages is not null or c.keep_seconds is not null) and c.id > coalesce(reached, 0);
+  if not found then
     reached := null;
   end if;
 end $$;
