@@ -516,4 +516,4 @@ async def test_a_run_without_code_stays_in_its_queue_and_the_worker_says_so(
     await workers.start(add)
     await wait_until(lambda: "1 run(s) of workflow 'unheard of' are ready" in caplog.text)
     assert await state_of(handle) == "scheduled"
-    assert worker.HOUSEKEEPING_SECONDS > 1  # so it is not said all the time
+    assert worker.UPKEEP_SECONDS > 1  # so it is not said all the time

@@ -32,6 +32,8 @@ LAST = max(RELEASED)
 VERSIONS = Path(__file__).parent.parent / "migrations" / "versions"
 STALL_SECONDS = 2.0  # what a migration may cost somebody who publishes
 
+pytestmark = pytest.mark.timeout(240)  # many processes start, on whatever machine
+
 
 @pytest.fixture(scope="session")
 def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
