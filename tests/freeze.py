@@ -214,7 +214,8 @@ def way(before: Schema, after: Schema, *, first: str = "", backfill: str = "") -
             steps.append(re.sub(r"^create (?=[fpv])", "create or replace ", statement, count=1, flags=re.M))
     steps += [row for row in after.text.rest if not any(same(row, was) for was in before.text.rest)]
     steps += after.text.grant
-    known = [*ORDER, *(table for table in before.text.table if table not in ORDER), *before.text.view]
+    tables = sorted(before.text.table, key=lambda table: ORDER.index(table) if table in ORDER else len(ORDER))
+    known = [*tables, *before.text.view]
     lock = LOCK.format(relations=", ".join(f"'{relation}'" for relation in known))
     head = HEAD.format(before=before.revision, after=after.revision)
     return head + lock + "\n" + "".join(f"{step};\n\n" for step in steps).rstrip("\n") + "\n"
