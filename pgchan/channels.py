@@ -5,7 +5,7 @@ is read from the reader's own row on, and that row is compared with the cursor i
 continues exactly, or raises Trimmed or HistoryLost; it is never handed wrong data, whatever crash, failover, restore,
 delete or trim lies between two pages.
 
-Coroutines over `Db`; see db.py.
+Coroutines over `Db`; see db.py. Long, because pages and tails rest on the same check of a cursor.
 """
 
 from __future__ import annotations
