@@ -8,11 +8,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: help demo test lint check bench freeze clean
+.PHONY: help demo test versions lint check bench freeze clean
 
 help:
 	@sed -n 's/^# \{0,1\}//; /^SHELL/q; p' Makefile
-	@echo "  make lint · make check ARGS='tests/test_cli.py -k tail' · make bench · make freeze · make clean"
+	@echo "  make lint · make versions · make check ARGS='tests/test_cli.py -k tail' · make bench · make freeze · make clean"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "pgchan needs Python 3.11 or newer; say which one with PYTHON=python3.12" >&2; exit 1; }
@@ -33,6 +33,10 @@ lint: $(VENV)/.installed-dev
 # pytest comes last: its closing line is the last line that is printed.
 test: lint
 	$(BIN)/pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+# PostgreSQL 14 to 18, and 13, which must be refused. VERSIONS="14 15": only these. ARGS=--near: what depends on it.
+versions: $(VENV)/.installed-dev
+	$(BIN)/python tests/versions.py $(VERSIONS) $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/pytest $(ARGS)

