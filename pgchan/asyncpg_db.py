@@ -33,6 +33,7 @@ CONNECT_SECONDS = 5.0  # for one try
 CALL_SECONDS = 35.0  # longer than statement_timeout: past it the connection is given up
 LISTEN_SECONDS = 10.0  # for one statement of the listener
 PING_SECONDS = 3.0  # how often the listener hears itself; it reconnects when it missed a ping
+HEAR_SECONDS = 5.0  # for the first NOTIFY to arrive; what is silent for longer hears nothing
 KNOWN_MAX = 100_000  # channels whose id and type are remembered
 
 GIVEN_UP = frozenset({"25006", "57P01", "57P02", "57P05"})  # read-only, and three ways in which a server says farewell
@@ -57,6 +58,8 @@ class AsyncpgDb:
         self._pool: asyncpg.Pool[Any] | None = None
         self._opening = asyncio.Lock()
         self._pooled = False  # whether the DSN leads through a pooler
+        self._server_version = 0  # known after the checks, as is the name of the database
+        self._database = ""
         self._known: dict[str, Known] = {}
         self.loop: asyncio.AbstractEventLoop | None = None  # of the client's first use
         self._announcing: set[asyncio.Future[None]] = set()
@@ -76,12 +79,13 @@ class AsyncpgDb:
     async def connect(self, role: str, *, direct: bool = False) -> Connection:
         """A connection of pgchan's own for one purpose; direct: to control_dsn, past a pooler."""
         dsn = self._control_dsn if direct and self._control_dsn else self.dsn
-        settings = {**db.settings(role), "application_name": f"{self._name} {role}"}
+        application = {"application_name": f"{self._name} {role}"}
+        settings = db.settings(role, self._server_version)
         pooled = self._pooled and not (direct and self._control_dsn)
         while True:
             try:
                 connection = await asyncpg.connect(
-                    dsn, timeout=CONNECT_SECONDS, server_settings={} if pooled else settings,
+                    dsn, timeout=CONNECT_SECONDS, server_settings=application if pooled else settings | application,
                     statement_cache_size=0 if pooled else 100,
                 )  # fmt: skip
             except asyncpg.ProtocolViolationError:  # a pooler takes only the parameters that it knows
@@ -96,6 +100,12 @@ class AsyncpgDb:
                 if not direct:
                     self._pooled = pooled
                 return connection
+
+    def libpq_options(self) -> dict[str, Any]:
+        """What makes a connection of psycopg, for the transaction of a workflow in a thread, like one of the pool."""
+        if self._pooled:
+            return {"prepare_threshold": None}
+        return {"options": db.session_options(db.settings("pool", self._server_version), self.dsn)}
 
     async def _open(self) -> asyncpg.Pool[Any]:
         if self._pool is not None:
@@ -124,6 +134,7 @@ class AsyncpgDb:
     async def _check(self, connection: Connection) -> None:
         row = await connection.fetchrow(sql.DEPLOYMENT)
         db.check_deployment(row)
+        self._server_version, self._database = row[0], row[8]
         # A pooler invents the backend pid that it tells its clients.
         self._pooled = self._pooled or connection.get_server_pid() != row[6]
         db.check_version(await connection.fetchrow(sql.VERSION))
@@ -138,16 +149,45 @@ class AsyncpgDb:
             raise
 
     async def check_control(self) -> None:
-        """Refuse to listen or lock where a transaction pooler would make that hear and hold nothing."""
+        """Refuse to listen or lock where that would hear or hold nothing: a transaction pooler, another database."""
         await self.open()
-        if self._pooled and self._control_dsn is None and not await self._holds_sessions():
-            raise errors.UnsafeDeployment(db.POOLER)
+        await self._persist(self._check_control, writing=False)
 
-    async def _holds_sessions(self) -> bool:
+    async def _check_control(self) -> None:
+        probe = await self.connect("probe", direct=True)
+        try:
+            row = await probe.fetchrow(sql.DEPLOYMENT)
+            if self._control_dsn is not None:
+                db.check_control(row, self._database)
+            is_fit = probe.get_server_pid() == row[6] or await self._holds_sessions(probe)
+            if not is_fit or not await self._hears(probe):
+                raise errors.UnsafeDeployment(db.POOLER if self._control_dsn is None else db.CONTROL_POOLER)
+        finally:
+            await _close(probe)
+
+    async def _hears(self, probe: Connection) -> bool:
+        """Whether a NOTIFY over the DSN arrives, which it does in the same database only, and past no pooler."""
+        heard = asyncio.Event()
+
+        def hear(*_: object) -> None:
+            heard.set()
+
+        name = f"pgchan_ping_{uuid.uuid4().hex[:16]}"
+        await probe.add_listener(name, hear)
+        try:
+            await self._run(sql.PING, (name,))
+        except asyncpg.ProgramLimitExceededError:  # the queue is full: nothing is heard now, and nothing is proved
+            return True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HEAR_SECONDS):
+                await heard.wait()
+        await probe.remove_listener(name, hear)  # a pooler would keep it
+        return heard.is_set()
+
+    async def _holds_sessions(self, first: Connection) -> bool:
         # Two connections, one lock: behind a session pooler the second cannot get it.
         key = int.from_bytes(os.urandom(3), "big")
-        first = await self.connect("probe")
-        second = await self.connect("probe")
+        second = await self.connect("probe", direct=True)
         try:
             await first.fetchval(sql.PROBE_LOCK, key)
             got = await second.fetchval(sql.PROBE_LOCK, key)
@@ -156,7 +196,6 @@ class AsyncpgDb:
                 await second.fetchval(sql.PROBE_UNLOCK, key)
             return not got
         finally:
-            await _close(first)
             await _close(second)
 
     async def open(self) -> None:

@@ -243,7 +243,7 @@ class BlockingTransaction:
         while True:
             self._attempt.check()
             try:
-                return psycopg.connect(database.dsn, options=db.session_options(db.SESSION))
+                return psycopg.connect(database.dsn, **database.libpq_options())
             except psycopg.OperationalError as error:
                 tries += 1
                 pause = db.backoff(tries)

@@ -13,6 +13,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from urllib.parse import unquote
 
 from pgchan import errors
 from pgchan.model import MESSAGE, Message
@@ -155,12 +156,17 @@ SESSION: dict[str, str] = {
     "default_transaction_isolation": "read committed",  # the append is written for it
     "statement_timeout": "30s",  # nothing that pgchan sends takes that long
     "lock_timeout": "0",  # it could strike after a commit
-    "idle_session_timeout": "0",
     "idle_in_transaction_session_timeout": "60s",  # a transaction of run.transaction() whose worker hangs
-    "client_connection_check_interval": "500ms",  # a dead client's statement ends, and with it its locks
+    "array_nulls": "on",  # or a null in an array would arrive as the text NULL
     "timezone": "UTC",
     "datestyle": "ISO",  # psycopg reads timestamps as text, in this style only
     "client_encoding": "UTF8",  # or text that the other encoding lacks could not be sent
+}
+# The same, of settings that servers before this version do not know and refuse.
+SESSION_SINCE: dict[str, tuple[int, str]] = {
+    "idle_session_timeout": (140_000, "0"),
+    "client_connection_check_interval": (140_000, "500ms"),  # a dead client's statement ends, and with it its locks
+    "transaction_timeout": (170_000, "0"),  # it ends the session
 }
 # The connections that write and listen send the same few statements for ever: one plan each, made once, is enough. The
 # pool lends its connections to run.transaction(), whose statements are not ours to plan.
@@ -174,9 +180,14 @@ BACKOFF_SECONDS = (0.02, 1.0)  # first and longest pause between tries; each dou
 _OLDEST_SERVER = 140_000
 
 
+# The second is about a control_dsn that was given.
 POOLER = (
     "the DSN leads through a transaction pooler, on which LISTEN hears nothing and session locks hold nothing; "
     "give control_dsn= (or PGCHAN_CONTROL_DSN), a direct connection to the same database"
+)
+CONTROL_POOLER = (
+    "a NOTIFY sent over the DSN is not heard over control_dsn, or a lock taken over control_dsn is not held; "
+    "let control_dsn lead to the same database, directly and not through a transaction pooler"
 )
 
 
@@ -188,14 +199,17 @@ def lock_wait(patience: float) -> int:
     return int(1000 * min(patience, 25.0))
 
 
-def settings(role: str) -> dict[str, str]:
-    """The settings of a connection that pgchan opens for this purpose."""
-    return {**SESSION, **DEDICATED} if role in ("writer", "listen") else dict(SESSION)
+def settings(role: str, server_version: int) -> dict[str, str]:
+    """The settings of a connection that pgchan opens for this purpose; server_version: 0 while it is not known."""
+    chosen = SESSION | {name: value for name, (since, value) in SESSION_SINCE.items() if since <= server_version}
+    return chosen | DEDICATED if role in ("writer", "listen") else chosen
 
 
-def session_options(values: dict[str, str]) -> str:
-    """Settings as libpq's `options`."""
-    return " ".join(f"-c {name}={value.replace(' ', chr(92) + ' ')}" for name, value in values.items())
+def session_options(values: dict[str, str], dsn: str) -> str:
+    """Settings as libpq's `options`, behind those that the DSN has and which they would replace."""
+    parameters = (part.partition("=") for part in dsn.partition("?")[2].split("&"))
+    given = [unquote(value) for name, _, value in parameters if name == "options"]
+    return " ".join([*given, *(f"-c {name}={value.replace(' ', chr(92) + ' ')}" for name, value in values.items())])
 
 
 def backoff(tries: int) -> float:
@@ -204,24 +218,30 @@ def backoff(tries: int) -> float:
     return random.uniform(first / 2, min(longest, first * 2 ** min(tries, 16)))  # noqa: S311 - not a secret
 
 
-def check_deployment(row: Row) -> None:
-    """Refuse a server on which a promise would break; row: sql.DEPLOYMENT.
-
-    Raises UnsafeDeployment, SchemaMismatch (not migrated).
-    """
-    number, encoding, fsync, full_page_writes, read_only, standby, _pid, migrated, database, _user = row
+def check_server(row: Row) -> None:
+    """Refuse a server or database in which pgchan's tables cannot be of use. row: sql.DEPLOYMENT."""
+    number, encoding, database = row[0], row[1], row[8]
     if number < _OLDEST_SERVER:
         raise errors.UnsafeDeployment(
             f"PostgreSQL {number // 10_000} is too old; pgchan needs 14 or newer: upgrade the server"
         )
-    if standby:
-        raise errors.UnsafeDeployment("the DSN leads to a standby, which takes no writes; point it at the primary")
-    if read_only == "on":
-        raise errors.UnsafeDeployment(
-            "the DSN leads to a read-only session; point it at the primary, or unset default_transaction_read_only"
-        )
     if encoding != "UTF8":
         raise errors.UnsafeDeployment(f"database {database!r} is encoded in {encoding}; pgchan needs one in UTF8")
+
+
+def check_deployment(row: Row, what: str = "the DSN") -> None:
+    """Refuse a server on which a promise would break; row: sql.DEPLOYMENT, asked over `what`.
+
+    Raises UnsafeDeployment, SchemaMismatch (not migrated).
+    """
+    check_server(row)
+    _number, _encoding, fsync, full_page_writes, read_only, standby, _pid, migrated, database, _user = row
+    if standby:
+        raise errors.UnsafeDeployment(f"{what} leads to a standby, which takes no writes; point it at the primary")
+    if read_only == "on":
+        raise errors.UnsafeDeployment(
+            f"{what} leads to a read-only session; point it at the primary, or unset default_transaction_read_only"
+        )
     for name, value in (("fsync", fsync), ("full_page_writes", full_page_writes)):
         if value != "on":
             raise errors.UnsafeDeployment(f"the server runs with {name}={value} and may lose commits; set {name}=on")
@@ -229,6 +249,15 @@ def check_deployment(row: Row) -> None:
         raise errors.SchemaMismatch(
             f"database {database!r} has no pgchan schema; run: pgchan migrate", found=None, wanted=SCHEMA_VERSION
         )
+
+
+def check_control(row: Row, database: str) -> None:
+    """Refuse a control_dsn that leads elsewhere than the DSN, which led to this database. row: sql.DEPLOYMENT."""
+    if row[8] != database:
+        raise errors.UnsafeDeployment(
+            f"control_dsn leads to database {row[8]!r}, the DSN to {database!r}; both must lead to the same one"
+        )
+    check_deployment(row, "control_dsn")
 
 
 def check_version(row: Row) -> None:

@@ -23,9 +23,8 @@ from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy import Connection, StaticPool, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
+from pgchan import db, migrations, sql
 from pgchan import dsn as dsns
-from pgchan import migrations, sql
-from pgchan.db import check_version
 from pgchan.errors import Error, InvalidInput, SchemaMismatch, Unavailable, UnsafeDeployment
 
 CONNECT_SECONDS = 10  # libpq would wait for as long as the kernel retries, about two minutes
@@ -39,12 +38,14 @@ def upgrade(dsn: str | None, revision: str = "head") -> str | None:
     """Bring the database up to `revision` and return the revision that it has then.
 
     A database that is there already, or beyond, is left as it is; so is one that a newer pgchan made, if it serves this
-    code. Raises InvalidInput, SchemaMismatch (it does not), UnsafeDeployment (the role may not), Unavailable.
+    code. Raises InvalidInput, SchemaMismatch (it does not), UnsafeDeployment (the role may not, the server or database
+    is not fit), Unavailable.
     """
     with _alembic_is_not_thread_safe, _reported(), connect(dsn) as connection:
+        db.check_server(connection.execute(text(sql.DEPLOYMENT)).one())
         target, found = _check_revision(revision), _current(connection)
         if found is not None and not _is_known(found):
-            check_version(connection.execute(text(sql.VERSION)).one())
+            db.check_version(connection.execute(text(sql.VERSION)).one())
         elif _is_below(found, target):
             command.upgrade(_config(connection), revision)
         return _current(connection)
@@ -109,7 +110,9 @@ def connect(dsn: str | None) -> Iterator[Connection]:
     address = dsns.resolve(dsn)
     try:
         given = conninfo_to_dict(address)
-        connection = psycopg.connect(address, connect_timeout=given.get("connect_timeout") or CONNECT_SECONDS)
+        connection = psycopg.connect(
+            address, connect_timeout=given.get("connect_timeout") or CONNECT_SECONDS, client_encoding="utf8"
+        )
     except psycopg.ProgrammingError:
         raise InvalidInput(f"the DSN has an option that libpq does not know; {dsns.WANTED}") from None
     except psycopg.OperationalError as error:

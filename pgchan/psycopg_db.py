@@ -33,6 +33,7 @@ from pgchan.writer import Batch, Queued, Waiting
 CONNECT_SECONDS = 5
 CALL_SECONDS = 35.0  # longer than statement_timeout: past it the connection is given up
 LISTEN_SECONDS = 10.0  # the same for a statement of the listener
+PROBE_SECONDS = 5.0  # for the first NOTIFY to arrive; what is silent for longer hears nothing
 HEAR_SECONDS = 0.25  # how soon the listening thread sees that the client is closed
 PING_SECONDS = 3.0  # how often the listener hears itself; it reconnects when it missed a ping
 KNOWN_MAX = 100_000  # channels whose id and type are remembered
@@ -95,6 +96,8 @@ class PsycopgDb:
         self._checked = False
         self._checking = threading.Lock()
         self._pooled = False
+        self._server_version = 0  # known after the checks, as is the name of the database
+        self._database = ""
         self._known: dict[str, Known] = {}
         self.stats: dict[str, int] = {"reads": 0, "writes": 0, "entries": 0, "pages": 0}
         self._writer = _Writer(self)
@@ -111,9 +114,10 @@ class PsycopgDb:
         """A connection of pgchan's own for one purpose; direct: to control_dsn, past a pooler."""
         dsn = self._control_dsn if direct and self._control_dsn else self.dsn
         pooled = self._pooled and not (direct and self._control_dsn)
-        settings = db.settings(role)
+        settings = db.settings(role, self._server_version)
         while True:
-            options: dict[str, Any] = {} if pooled else {"options": db.session_options(settings)}
+            # Those of the DSN go first, for the last one counts; behind a pooler they are left as they are.
+            options: dict[str, Any] = {} if pooled else {"options": db.session_options(settings, dsn)}
             try:
                 connection = Connection.connect(
                     dsn, autocommit=True, row_factory=tuple_row, cursor_factory=psycopg.RawCursor,
@@ -144,6 +148,7 @@ class PsycopgDb:
                 row = connection.execute(sql.DEPLOYMENT).fetchone()
                 assert row is not None
                 db.check_deployment(row)
+                self._server_version, self._database = row[0], row[8]
                 self._pooled = self._pooled or connection.info.backend_pid != row[6]
                 version = connection.execute(sql.VERSION).fetchone()
                 assert version is not None
@@ -151,15 +156,36 @@ class PsycopgDb:
             self._checked = True
 
     def check_control(self) -> None:
-        """Refuse to listen where a transaction pooler would make that hear nothing."""
+        """Refuse to listen where that would hear nothing: a transaction pooler, another database."""
         self.open()
-        if self._pooled and self._control_dsn is None and not self._holds_sessions():
-            raise errors.UnsafeDeployment(db.POOLER)
+        self._persist(self._check_control, writing=False)
 
-    def _holds_sessions(self) -> bool:
+    def _check_control(self) -> None:
+        with self.connect("probe", direct=True) as probe:
+            row = probe.execute(sql.DEPLOYMENT).fetchone()
+            assert row is not None
+            if self._control_dsn is not None:
+                db.check_control(row, self._database)
+            is_fit = probe.info.backend_pid == row[6] or self._holds_sessions(probe)
+            if not is_fit or not self._hears(probe):
+                raise errors.UnsafeDeployment(db.POOLER if self._control_dsn is None else db.CONTROL_POOLER)
+
+    def _hears(self, probe: Connection) -> bool:
+        """Whether a NOTIFY over the DSN arrives, which it does in the same database only, and past no pooler."""
+        name = f"pgchan_ping_{uuid.uuid4().hex[:16]}"
+        probe.execute(f"listen {name}")
+        try:
+            self._run(sql.PING, (name,))
+        except psycopg.errors.ProgramLimitExceeded:  # the queue is full: nothing is heard now, and nothing is proved
+            return True
+        heard = any(True for _ in probe.notifies(timeout=PROBE_SECONDS, stop_after=1))
+        probe.execute(f"unlisten {name}")  # a pooler would keep it
+        return heard
+
+    def _holds_sessions(self, first: Connection) -> bool:
         # Two connections, one lock: behind a session pooler the second cannot get it.
         key = uuid.uuid4().int % (1 << 24)
-        with self.connect("probe") as first, self.connect("probe") as second:
+        with self.connect("probe", direct=True) as second:
             first.execute(sql.PROBE_LOCK, (key,))
             got = second.execute(sql.PROBE_LOCK, (key,)).fetchone()
             first.execute(sql.PROBE_UNLOCK, (key,))

@@ -13,8 +13,9 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from pgchan.errors import InvalidInput
+from pgchan.errors import InvalidInput, Unavailable
 
+CHECK_SECONDS = 5.0  # for the database's answer before the start; one that is not up yet does not keep the server down
 WORKER_STOP_SECONDS = 20  # a worker's own drain is 10 s; what still runs then is killed, and taken over elsewhere
 RESTART_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # before a worker that ended by itself is started again
 
@@ -26,7 +27,7 @@ def main(found: Any, target: str, *, host: str, port: int, workers: int, insecur
 
     found: an ASGI app, or a pgchan.Worker, whose client the server then uses. target: its `module:attribute`, which
     worker processes load again. insecure: serve a worker's database to everybody, on a loopback address only.
-    Raises InvalidInput.
+    Raises InvalidInput; UnsafeDeployment and SchemaMismatch for a database that is not fit.
     """
     app = _app(found, target, host=host, workers=workers, insecure=insecure)
     return asyncio.run(_run(app, target, host, port, workers))
@@ -62,6 +63,7 @@ def _is_loopback(host: str) -> bool:
 async def _run(app: Any, target: str, host: str, port: int, workers: int) -> int:
     from pgchan.server.serve import Server, config
 
+    await _refuse_unfit(app)
     server = Server(config(app, host, port, log_level="info"))
     keepers = [asyncio.create_task(_keep_worker(target, server)) for _ in range(workers)]
     try:
@@ -71,6 +73,18 @@ async def _run(app: Any, target: str, host: str, port: int, workers: int) -> int
             keeper.cancel()
         await asyncio.gather(*keepers, return_exceptions=True)
     return 0 if server.started else 1
+
+
+async def _refuse_unfit(app: Any) -> None:
+    """Check the database of an app made by create_app, as its first request would."""
+    site = getattr(app, "site", None)
+    if site is None:
+        return
+    try:
+        async with asyncio.timeout(CHECK_SECONDS):
+            await site.client._use().check_control()
+    except (TimeoutError, Unavailable):
+        logger.warning("the database cannot be reached yet; requests are answered with 503 until it can")
 
 
 async def _keep_worker(target: str, server: Any) -> None:

@@ -87,7 +87,7 @@ class Cluster:
             self.process = subprocess.Popen(
                 [binary("postgres"), "-D", self.data], env=os.environ | self.environment,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                preexec_fn=_die_with_parent if self.guarded else None,
+                preexec_fn=die_with_parent if self.guarded else None,
                 **self._as_server_user(),
             )  # fmt: skip
         self._wait_until_ready()
@@ -211,5 +211,5 @@ def _reachable(package: Path) -> Path:
     return home / package.name
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)

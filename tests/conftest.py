@@ -166,9 +166,15 @@ def make_database(
 
 
 @pytest.fixture
-def dsn(make_database: Callable[[str], str], template: str) -> str:
-    """A database of this test's own, migrated to the newest revision."""
+def direct_dsn(make_database: Callable[[str], str], template: str) -> str:
+    """A database of this test's own, migrated to the newest revision; past any pooler."""
     return make_database(template)
+
+
+@pytest.fixture
+def dsn(direct_dsn: str) -> str:
+    """A database of this test's own, migrated to the newest revision."""
+    return direct_dsn
 
 
 @pytest.fixture

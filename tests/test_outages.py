@@ -358,7 +358,7 @@ async def test_settings_of_a_role_do_not_reach_pgchans_connections(
         "default_transaction_isolation = 'serializable'", "statement_timeout = '1ms'", "lock_timeout = '1ms'",
         "idle_session_timeout = '300ms'", "idle_in_transaction_session_timeout = '1ms'", "search_path = 'nowhere'",
         "synchronous_commit = 'off'", "timezone = 'Asia/Kathmandu'", "datestyle = 'German'", "bytea_output = 'escape'",
-        "client_encoding = 'LATIN1'", "default_transaction_deferrable = on",
+        "client_encoding = 'LATIN1'", "default_transaction_deferrable = on", "array_nulls = off",
     ):  # fmt: skip
         query(door.dsn, f"alter role {role[1]} set {setting}")
     client = door.client(role[0])
@@ -372,6 +372,7 @@ async def test_settings_of_a_role_do_not_reach_pgchans_connections(
     await reader.has(2, 0.8)
     await client.channel("c").trim(2)
     assert reader.messages[0] == message
+    assert [found.key for found in reader.messages] == [None, None]
     assert (await client.channel("c").info()).created_at.utcoffset().total_seconds() == 0
 
 

@@ -4,65 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import psycopg
 import pytest
-from cluster import free_port
-from doors import Door
-from psycopg.conninfo import conninfo_to_dict
+from cluster import Cluster, on_database
+from doors import Door, query
+from pooler import Pooler
 
 import pgchan
-from pgchan import errors
+from pgchan import doctor, errors, migrate
 
 
 @pytest.fixture
-def pooled(dsn: str, tmp_path: Path, block_until: Callable[..., None]) -> Iterator[Callable[[str], str]]:
+def pooled(direct_dsn: str) -> Iterator[Callable[[str], str]]:
     """`pooled("transaction")`: the DSN of this test's database through a PgBouncer of its own."""
-    program = shutil.which("pgbouncer") or "/usr/sbin/pgbouncer"
     with contextlib.ExitStack() as stack:
 
         def start(mode: str) -> str:
-            port = free_port()
-            direct = conninfo_to_dict(dsn)
-            folder = Path("/tmp") / f"pgchan-bouncer-{port}"
-            folder.mkdir(mode=0o755)
-            stack.callback(shutil.rmtree, folder)
-            (folder / "ini").write_text(
-                f"[databases]\n* = host={direct['host']} port={direct.get('port') or 5432} user={direct['user']}\n"
-                f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
-                f"pool_mode = {mode}\ndefault_pool_size = 5\n"
-            )
-            # It refuses to be root; the server's user may enter the directory of the server's socket.
-            host = str(direct["host"])
-            owner = os.stat(host if host.startswith("/") else folder).st_uid or "nobody"
-            user = {"user": owner} if os.getuid() == 0 else {}
-            process = stack.enter_context(
-                subprocess.Popen([program, str(folder / "ini")], stderr=subprocess.DEVNULL, **user)  # type: ignore[call-overload]
-            )
-            stack.callback(process.terminate)
-            url = f"postgresql://{direct['user']}@127.0.0.1:{port}/{direct['dbname']}"
-
-            def is_up() -> bool:
-                with contextlib.suppress(psycopg.OperationalError):
-                    psycopg.connect(url, connect_timeout=2).close()
-                    return True
-                return False
-
-            block_until(is_up)
-            return url
+            pooler = Pooler(direct_dsn, mode)
+            stack.callback(pooler.close)
+            return pooler.dsn_of(direct_dsn)
 
         yield start
 
 
 @pytest.fixture(params=["async", "blocking"])
-async def opened(request: pytest.FixtureRequest, dsn: str) -> Any:
-    door = Door(request.param, dsn)
+async def opened(request: pytest.FixtureRequest, direct_dsn: str) -> Any:
+    door = Door(request.param, direct_dsn)
     yield door
     await door.close()
 
@@ -95,7 +64,7 @@ async def test_a_worker_refuses_a_transaction_pooler(pooled: Any) -> None:
             await pgchan.Worker(client, [nothing]).run(signals=False)
 
 
-async def test_with_a_direct_control_dsn_tails_and_workers_work(pooled: Any, dsn: str) -> None:
+async def test_with_a_direct_control_dsn_tails_and_workers_work(pooled: Any, direct_dsn: str) -> None:
     @pgchan.workflow
     async def hello(run: pgchan.Run, name: str) -> str:
         async def greet() -> str:
@@ -104,7 +73,7 @@ async def test_with_a_direct_control_dsn_tails_and_workers_work(pooled: Any, dsn
 
         return await run.step(greet)
 
-    async with pgchan.AsyncClient(pooled("transaction"), control_dsn=dsn) as client:
+    async with pgchan.AsyncClient(pooled("transaction"), control_dsn=direct_dsn) as client:
         worker = pgchan.Worker(client, [hello])
         task = asyncio.create_task(worker.run(signals=False))
         handle = await client.start(hello, "you")
@@ -120,3 +89,85 @@ async def test_a_session_pooler_is_as_good_as_no_pooler(pooled: Any, opened: Doo
     await channel.publish(1)
     await channel.close()
     assert [message.body async for message in channel.tail()] == [1]
+
+
+async def test_behind_a_session_pooler_a_worker_works(pooled: Any) -> None:
+    @pgchan.workflow
+    async def hello(run: pgchan.Run) -> str:
+        return "hello"
+
+    async with pgchan.AsyncClient(pooled("session")) as client:
+        worker = pgchan.Worker(client, [hello])
+        task = asyncio.create_task(worker.run(signals=False))
+        assert await (await client.start(hello)).result(20) == "hello"
+        worker.stop()
+        await task
+
+
+async def test_a_control_dsn_through_a_transaction_pooler_is_refused_too(pooled: Any, opened: Door) -> None:
+    dsn = pooled("transaction")
+    client = opened.client(dsn, control_dsn=dsn.replace("127.0.0.1", "localhost"))
+    await client.channel("chat").publish(1)
+    with pytest.raises(errors.UnsafeDeployment, match="let control_dsn lead to the same database, directly"):
+        await client.channel("chat").tail().__anext__()
+
+
+async def test_a_control_dsn_that_leads_to_another_database_is_refused(
+    opened: Door, direct_dsn: str, make_database: Callable[[str], str], template: str
+) -> None:
+    client = opened.client(direct_dsn, control_dsn=make_database(template))
+    with pytest.raises(errors.UnsafeDeployment, match=r"control_dsn leads to database .* both must lead to the same"):
+        await client.channel("chat").tail().__anext__()
+
+
+async def test_a_control_dsn_that_leads_to_another_server_is_refused(
+    opened: Door, server: Cluster, direct_dsn: str
+) -> None:
+    name = direct_dsn.partition("?")[0].rpartition("/")[2]
+    query(server.dsn, f"create database {name} template template0")  # so that only what is heard tells them apart
+    client = opened.client(direct_dsn, control_dsn=on_database(server.dsn, name))
+    with pytest.raises(errors.SchemaMismatch, match="pgchan migrate"):
+        await client.channel("chat").tail().__anext__()
+    migrate.upgrade(on_database(server.dsn, name))
+    with pytest.raises(errors.UnsafeDeployment, match="is not heard over control_dsn"):
+        await client.channel("chat").tail().__anext__()
+
+
+async def test_a_control_dsn_that_leads_to_a_read_only_session_is_refused(opened: Door, direct_dsn: str) -> None:
+    separator = "&" if "?" in direct_dsn else "?"
+    read_only = f"{direct_dsn}{separator}options=-c%20default_transaction_read_only%3Don"
+    client = opened.client(direct_dsn, control_dsn=read_only)
+    with pytest.raises(errors.UnsafeDeployment, match="control_dsn leads to a read-only session"):
+        await client.channel("chat").tail().__anext__()
+
+
+async def test_the_doctor_explains_a_transaction_pooler_and_is_content_with_control_dsn(
+    pooled: Any, direct_dsn: str
+) -> None:
+    dsn = pooled("transaction")
+    alone = {finding.check: finding for finding in await doctor.check(dsn)}
+    assert not alone["wakeups"].is_fine
+    assert "give control_dsn= (or PGCHAN_CONTROL_DSN)" in alone["wakeups"].detail
+    helped = await doctor.check(dsn, control_dsn=direct_dsn)
+    assert all(finding.is_fine for finding in helped), helped
+
+
+async def test_behind_a_transaction_pooler_a_workflow_in_a_thread_has_its_transactions(
+    pooled: Any, direct_dsn: str
+) -> None:
+    query(direct_dsn, "create table rows_of_users (n integer)")
+
+    @pgchan.workflow
+    def insert(run: Any) -> None:
+        for name in "abc":  # often enough for a driver to want to prepare the statement
+            with run.transaction(name) as connection:
+                for n in range(8):
+                    connection.execute("insert into rows_of_users values (%s)", [n])
+
+    async with pgchan.AsyncClient(pooled("transaction"), control_dsn=direct_dsn) as client:
+        worker = pgchan.Worker(client, [insert])
+        task = asyncio.create_task(worker.run(signals=False))
+        await asyncio.gather(*[(await client.start(insert)).result(20) for _ in range(3)])
+        worker.stop()
+        await task
+    assert query(direct_dsn, "select count(*) from rows_of_users") == [(72,)]
