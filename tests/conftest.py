@@ -2,6 +2,9 @@
 
 The server is the one of $PGCHAN_TEST_DSN, whose role must be allowed to create databases and which is never crashed,
 else an embedded one. Under xdist the controller starts it, the workers share it.
+
+With PGCHAN_TEST_POOLER=transaction (or session) a PgBouncer stands in front of it: `dsn`, and all that is made from it,
+leads through that, and $PGCHAN_CONTROL_DSN past it. What looks at sessions, or ends them, uses `direct_dsn`.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import psycopg
 import pytest
 from cluster import Cluster, on_database
 from doors import Door, Reading
+from pooler import Pooler, pooled
 from psycopg import sql
 from workers import Processes, Workers
 
@@ -48,9 +52,13 @@ class SharedServer:
             self.cluster = Cluster(guarded=True)
             self.cluster.start()
             self.dsn = self.cluster.dsn
+        mode = os.environ.get("PGCHAN_TEST_POOLER")
+        self.pooler = Pooler(self.dsn, mode, size=50) if mode else None
 
     def close(self) -> None:
         """Leave nothing behind: drop the databases of this run, or the whole server if it is ours."""
+        if self.pooler is not None:
+            self.pooler.close()
         if self.cluster is not None:
             self.cluster.remove()
             return
@@ -72,6 +80,7 @@ def pytest_configure_node(node: Any) -> None:
     """xdist, in the controller: tell a worker which server to use."""
     server = _shared_server(node.config)
     node.workerinput["pgchan_server"] = (server.dsn, server.prefix)
+    node.workerinput["pgchan_pooler"] = server.pooler.port if server.pooler else None
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -114,6 +123,16 @@ def shared_server(request: pytest.FixtureRequest) -> tuple[str, str]:
         return dsn, prefix
     server = _shared_server(request.config)
     return server.dsn, server.prefix
+
+
+@pytest.fixture(scope="session")
+def pooler_port(request: pytest.FixtureRequest) -> int | None:
+    """Where the pooler of this run listens; None in a run without one."""
+    if hasattr(request.config, "workerinput"):
+        port: int | None = request.config.workerinput["pgchan_pooler"]
+        return port
+    pooler = _shared_server(request.config).pooler
+    return pooler.port if pooler else None
 
 
 @pytest.fixture(scope="session")
@@ -172,9 +191,12 @@ def direct_dsn(make_database: Callable[[str], str], template: str) -> str:
 
 
 @pytest.fixture
-def dsn(direct_dsn: str) -> str:
-    """A database of this test's own, migrated to the newest revision."""
-    return direct_dsn
+def dsn(direct_dsn: str, pooler_port: int | None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A database of this test's own, migrated to the newest revision; through the pooler, if this run has one."""
+    if pooler_port is None:
+        return direct_dsn
+    monkeypatch.setenv("PGCHAN_CONTROL_DSN", direct_dsn)
+    return pooled(direct_dsn, pooler_port)
 
 
 @pytest.fixture

@@ -19,6 +19,12 @@ from psycopg.conninfo import conninfo_to_dict
 START_SECONDS = 30
 
 
+def pooled(dsn: str, port: int) -> str:
+    """The DSN through the pooler at this port of what a DSN leads to directly."""
+    direct = conninfo_to_dict(dsn)
+    return f"postgresql://{direct['user']}@127.0.0.1:{port}/{direct['dbname']}"
+
+
 class Pooler:
     """Runs from its making until close(). Whoever may log in to the server may log in here, as the same role.
 
@@ -59,9 +65,8 @@ class Pooler:
             raise
 
     def dsn_of(self, dsn: str) -> str:
-        """The DSN through this pooler of what a DSN leads to directly, on the same server."""
-        direct = conninfo_to_dict(dsn)
-        return f"postgresql://{direct['user']}@127.0.0.1:{self.port}/{direct['dbname']}"
+        """The DSN through this pooler of what a DSN leads to directly."""
+        return pooled(dsn, self.port)
 
     def close(self) -> None:
         self._process.terminate()

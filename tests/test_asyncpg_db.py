@@ -205,7 +205,8 @@ async def test_closing_writes_what_waits(dsn: str) -> None:
     assert [message.position for message in await asyncio.gather(*tasks)] == list(range(2, 302))
 
 
-async def test_a_client_leaves_no_task_and_no_connection_behind(dsn: str, wait_until: WaitUntil) -> None:
+async def test_a_client_leaves_no_task_and_no_connection_behind(direct_dsn: str, wait_until: WaitUntil) -> None:
+    dsn = direct_dsn  # a pooler keeps its connections
     before = asyncio.all_tasks()
     async with pgchan.AsyncClient(dsn) as client:
         tail = client.channel("c").tail()

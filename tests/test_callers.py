@@ -10,9 +10,9 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 from doors import Door, Reading, query
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
-from ways import WAYS, Caller, url
+from ways import WAYS, Caller, async_engine, url
 
 import pgchan
 from pgchan import callers, errors
@@ -137,7 +137,7 @@ async def test_the_blocking_door_refuses_what_needs_an_event_loop(dsn: str) -> N
     class Subclass(AsyncSession):
         pass
 
-    engine = create_async_engine(url(dsn, "asyncpg"))
+    engine = async_engine(dsn, "asyncpg")
     connection = await asyncpg.connect(dsn)
     async with Subclass(engine) as session:
         for bad in (session, connection, engine.connect()):

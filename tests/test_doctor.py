@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import psycopg
 import pytest
 from doors import pretend
@@ -41,8 +43,9 @@ async def test_a_newer_schema_that_serves_this_code_is_fine_and_named(dsn: str) 
     assert detail == f"pgchan_9999; it still serves this code, which is of {db.SCHEMA_VERSION}"
 
 
-async def test_a_lock_that_a_stranger_holds_is_reported(dsn: str) -> None:
-    with psycopg.connect(dsn, autocommit=True) as owner, psycopg.connect(dsn, autocommit=True) as stranger:
+async def test_a_lock_that_a_stranger_holds_is_reported(dsn: str, direct_dsn: str) -> None:
+    connect = partial(psycopg.connect, direct_dsn, autocommit=True)  # a lock of a session needs one
+    with connect() as owner, connect() as stranger:
         owner.execute("select pgchan.register(pgchan.new_worker(), 'w', 'host', 1)")
         stranger.execute("select pg_advisory_lock(1885823848, (select id from pgchan.workers))")
         is_fine, detail = (await verdicts(dsn))["workers"]

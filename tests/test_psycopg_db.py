@@ -94,7 +94,8 @@ def test_an_interrupted_thread_does_not_stop_the_others(client: pgchan.Client, b
     assert not writer._led
 
 
-def test_closing_waits_for_threads_that_publish(dsn: str, block_until: BlockUntil) -> None:
+def test_closing_waits_for_threads_that_publish(direct_dsn: str, block_until: BlockUntil) -> None:
+    dsn = direct_dsn  # a pooler keeps its connections
     slow_down(dsn, "slow")
     client = pgchan.Client(dsn)
     client.channel("c").publish("warm")

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from doors import Door, Reading
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
-from ways import SESSIONS, WAYS, Caller, url
+from ways import SESSIONS, WAYS, Caller, async_engine
 
 import pgchan
 from pgchan import errors
@@ -155,7 +155,7 @@ async def test_a_failed_flush_keeps_what_was_deferred_out(deferring: tuple[Any, 
 
 
 async def test_two_sessions_that_defer_in_opposite_order_do_not_deadlock(dsn: str) -> None:
-    engine = create_async_engine(url(dsn, "asyncpg"))
+    engine = async_engine(dsn, "asyncpg")
     async with pgchan.AsyncClient(dsn) as client:
         await client.channel("a").create()
         await client.channel("b").create()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from typing import Any
 import asyncpg
 import psycopg
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 
@@ -35,9 +37,23 @@ def url(dsn: str, driver: str) -> str:
     return dsn.replace("postgresql://", f"postgresql+{driver}://")
 
 
+# What asyncpg, and SQLAlchemy above it, must be told behind a transaction pooler: prepared statements stay where they
+# were made, and the next statement may go elsewhere.
+IS_POOLED = bool(os.environ.get("PGCHAN_TEST_POOLER"))
+UNPREPARED: dict[str, Any] = {"statement_cache_size": 0} if IS_POOLED else {}
+
+
+def async_engine(dsn: str, driver: str) -> AsyncEngine:
+    options: dict[str, Any] = {}
+    if IS_POOLED and driver == "asyncpg":
+        names = {"prepared_statement_name_func": lambda: f"__{uuid.uuid4()}__", "prepared_statement_cache_size": 0}
+        options = {"connect_args": UNPREPARED | names}
+    return create_async_engine(url(dsn, driver), **options)
+
+
 @asynccontextmanager
 async def by_asyncpg(dsn: str) -> AsyncIterator[Caller]:
-    connection = await asyncpg.connect(dsn)
+    connection = await asyncpg.connect(dsn, **UNPREPARED)
     transaction = connection.transaction()
     await transaction.start()
     yield Caller(connection, transaction.commit, transaction.rollback, lambda: connection.fetchval("select 1"))
@@ -46,7 +62,7 @@ async def by_asyncpg(dsn: str) -> AsyncIterator[Caller]:
 
 @asynccontextmanager
 async def by_asyncpg_pool(dsn: str) -> AsyncIterator[Caller]:
-    async with asyncpg.create_pool(dsn, min_size=1, max_size=1) as pool, pool.acquire() as connection:
+    async with asyncpg.create_pool(dsn, min_size=1, max_size=1, **UNPREPARED) as pool, pool.acquire() as connection:
         transaction = connection.transaction()
         await transaction.start()
         yield Caller(connection, transaction.commit, transaction.rollback, lambda: connection.fetchval("select 1"))
@@ -88,7 +104,7 @@ async def by_connection(dsn: str) -> AsyncIterator[Caller]:
 def by_async_session(driver: str) -> Any:
     @asynccontextmanager
     async def open_session(dsn: str) -> AsyncIterator[Caller]:
-        engine = create_async_engine(url(dsn, driver))
+        engine = async_engine(dsn, driver)
         async with AsyncSession(engine) as session:
             yield Caller(session, session.commit, session.rollback, lambda: session.execute(sa.text("select 1")))
         await engine.dispose()
@@ -99,7 +115,7 @@ def by_async_session(driver: str) -> Any:
 def by_async_connection(driver: str) -> Any:
     @asynccontextmanager
     async def open_connection(dsn: str) -> AsyncIterator[Caller]:
-        engine = create_async_engine(url(dsn, driver))
+        engine = async_engine(dsn, driver)
         async with engine.connect() as connection:
             select = lambda: connection.execute(sa.text("select 1"))  # noqa: E731
             yield Caller(connection, connection.commit, connection.rollback, select)
