@@ -23,7 +23,7 @@ import random
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from pgchan import codec, errors, names, sql
@@ -44,6 +44,7 @@ DEADLINE_CHECK = 0.02  # of the lease: how late a passed deadline is noticed
 FINISH_SECONDS_MAX = 1.0  # longest pause between tries to record a run's end
 LOOK_BACK_SECONDS = 5.0  # to ask a new connection for the heads of all runs that are held
 CUT_SHORT_SECONDS_MAX = 1.0  # longest pause before a run that cancelled itself goes back; it grows with each claim
+STOPPED_SECONDS = 2.0  # after stop(), for a claim or a handing back that is under way; leaving gives back all the same
 LEASE_SECONDS_MIN = 1.0  # below it a busy machine looks dead
 
 log = logging.getLogger("pgchan")
@@ -79,7 +80,7 @@ class Worker:
         self._claims = Pace()
         self._inboxes = Pace()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._stopping = False
+        self._stopped = asyncio.Event()
         self._check_due = 0.0  # time.monotonic() at which to compare with what the database says
         self._claim_soon = asyncio.Event()
         self._is_full = True  # there may be runs that there was no room for
@@ -102,12 +103,16 @@ class Worker:
     def stop(self) -> None:
         """Let run() end: no more claims, running steps get `drain` seconds, the rest goes back. From any thread."""
         if self._loop is None:
-            self._stopping = True  # run() will end as it begins
+            self._stopped.set()  # run() will end as it begins
         elif not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._stop)
 
+    @property
+    def _stopping(self) -> bool:
+        return self._stopped.is_set()
+
     def _stop(self) -> None:
-        self._stopping = True
+        self._stopped.set()
         if self._opening is not None:
             self._opening.cancel()
         self._claim_soon.set()
@@ -140,15 +145,14 @@ class Worker:
 
     async def _opened(self) -> bool:
         """Connect; False if the worker was stopped before that was done."""
-        db = self.client._use()
-        self._opening = asyncio.ensure_future(db.open())
+        # The listener refuses a transaction pooler, before a lock is taken that would hold nothing.
+        self._opening = asyncio.ensure_future(self.client._use().listener.start())
         try:
             await self._opening
         except asyncio.CancelledError:
             if not self._stopping:
                 raise
             return False
-        await db.listener.start()  # refuses a transaction pooler, before a lock is taken that would hold nothing
         return True
 
     async def _run(self, liveness: Liveness) -> None:
@@ -166,8 +170,8 @@ class Worker:
         log.info("worker %s (%d) claims from %s", self.name, self.id, ", ".join(self.queues))
         self._started.set()
         try:
-            while not self._stopping:
-                await self._claim_loop(liveness)
+            with contextlib.suppress(TimeoutError):
+                await self._until_stopped(self._claim_forever(liveness))
             await self._finish_running()
         finally:
             for task in background:
@@ -188,6 +192,18 @@ class Worker:
                 loop.add_signal_handler(number, self._stop)
                 handled.append(number)
         return handled
+
+    async def _until_stopped(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do it; after stop() it has STOPPED_SECONDS left, for the database may be away. Raises TimeoutError then."""
+        task = asyncio.ensure_future(work)
+        stopped = asyncio.ensure_future(self._stopped.wait())
+        try:
+            await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait_for(asyncio.shield(task), STOPPED_SECONDS if self._stopping else None)
+        finally:
+            stopped.cancel()
+            task.cancel()
+            await asyncio.gather(stopped, task, return_exceptions=True)
 
     async def _finish_running(self) -> None:
         """Drain: steps that are under way may finish; what only waits goes back at once."""
@@ -302,6 +318,10 @@ class Worker:
                 attempt.end("unavailable")
 
     # -- claiming
+
+    async def _claim_forever(self, liveness: Liveness) -> None:
+        while not self._stopping:
+            await self._claim_loop(liveness)
 
     async def _claim_loop(self, liveness: Liveness) -> None:
         await asyncio.sleep(self._claims.pause(time.monotonic()))
@@ -517,10 +537,13 @@ class Worker:
         """Return the run to its queue if this worker still owns it and will not go on with it."""
         if attempt.over in ("stopped", "cut short", "unavailable"):
             try:
-                await self.client._db.call(sql.RELEASE, self.id, [attempt.claimed.channel_id])
-            except errors.Error as error:
+                await self._until_stopped(self._hand_back(attempt.claimed.channel_id))
+            except (errors.Error, TimeoutError) as error:
                 # When the lock is held again _check_held returns it; if this worker dies, its reaper does.
-                log.warning("run %s could not be handed back: %s", attempt.claimed.run, error)
+                log.warning("run %s could not be handed back: %s", attempt.claimed.run, str(error) or "no answer")
+
+    async def _hand_back(self, channel_id: int) -> None:
+        await self.client._db.call(sql.RELEASE, self.id, [channel_id])
 
 
 def _is_news(attempt: Attempt, rows: dict[int, list[Any]]) -> bool:

@@ -9,11 +9,13 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from cluster import Cluster
 from doors import query
 from workers import Processes, Workers
 
 import pgchan
 from pgchan import errors
+from pgchan.wakeups import SWEEP_SECONDS
 
 
 @pytest.fixture
@@ -287,3 +289,37 @@ async def test_a_worker_that_cannot_connect_yet_can_be_stopped() -> None:
     worker.stop()
     await asyncio.wait_for(task, 5)
     await client.close()
+
+
+@pytest.mark.parametrize("is_busy", [False, True], ids=["idle", "in a step"])
+async def test_a_worker_that_is_stopped_while_the_database_is_away_ends_soon_after_its_drain(
+    server: Cluster, is_busy: bool
+) -> None:
+    inside = asyncio.Event()
+
+    @pgchan.workflow
+    async def work(run: pgchan.Run) -> str:
+        async def hang() -> str:
+            inside.set()
+            if is_busy and run.attempt == 1:
+                await asyncio.Event().wait()
+            return "done"
+
+        return await run.step(hang)
+
+    async with pgchan.AsyncClient(server.dsn) as client:
+        worker = pgchan.Worker(client, [work], lease=3.0, takeover_grace=0.3, drain=0.5)
+        working = asyncio.create_task(worker.run(signals=False))
+        handle = await client.start(work)
+        await asyncio.wait_for(inside.wait(), 10) if is_busy else await handle.result(10)
+        await asyncio.to_thread(server.stop)
+        await asyncio.sleep(2 * SWEEP_SECONDS)  # by then it claims, and would try to for as long as it is patient
+        began = time.monotonic()
+        worker.stop()
+        await working
+        assert time.monotonic() - began < 8
+        await asyncio.to_thread(server.start)
+        workers = Workers(server.dsn)
+        await workers.start(work)
+        assert await handle.result(20) == "done"
+        await workers.close()
