@@ -7,6 +7,7 @@ from typing import Any
 
 import asyncpg
 import psycopg
+import psycopg2
 import pytest
 import sqlalchemy as sa
 from doors import Door, Reading, query
@@ -123,9 +124,12 @@ async def test_a_connection_that_cannot_be_used_is_invalid_input(dsn: str) -> No
             engine = sa.create_engine(url(dsn, "psycopg"))
             with engine.connect() as ended:
                 pass
+            bare = psycopg2.connect(dsn)  # of a driver that only SQLAlchemy speaks to
+            bare.close()
             sqlite = sa.create_engine("sqlite://")
             with sqlite.connect() as other:
-                for bad in (closed, returned, pool, gone, ended, other, engine, sqlite, "connection", object(), 1):
+                unusable = (closed, returned, pool, gone, ended, bare, other, engine, sqlite, "connection", object(), 1)
+                for bad in unusable:
                     with pytest.raises(errors.InvalidInput, match="connection"):
                         await channel.publish(1, connection=bad)
             engine.dispose()

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -84,8 +85,8 @@ async def by_async_psycopg(dsn: str) -> AsyncIterator[Caller]:
 
 
 @asynccontextmanager
-async def by_session(dsn: str) -> AsyncIterator[Caller]:
-    engine = sa.create_engine(url(dsn, "psycopg"))
+async def by_session(dsn: str, driver: str = "psycopg") -> AsyncIterator[Caller]:
+    engine = sa.create_engine(url(dsn, driver))
     with Session(engine) as session:
         select = awaitable(lambda: session.execute(sa.text("select 1")).all())
         yield Caller(session, awaitable(session.commit), awaitable(session.rollback), select)
@@ -135,6 +136,7 @@ WAYS: dict[str, tuple[str, Any]] = {
     "AsyncConnection on psycopg": ("async", by_async_connection("psycopg")),
     "psycopg": ("blocking", by_psycopg),
     "Session": ("blocking", by_session),
+    "Session on psycopg2": ("blocking", partial(by_session, driver="psycopg2")),
     "Connection": ("blocking", by_connection),
 }
 
