@@ -60,6 +60,7 @@ def main() -> int:
     print(f"\n{'PostgreSQL':<28} {'passed':>7} {'failed':>7} {'skipped':>7} {'seconds':>8}")
     for result in results:
         print(f"{result.version:<28} {result.passed:>7} {result.failed:>7} {result.skipped:>7} {result.seconds:>8.0f}")
+    print(f"\n{sum(one.passed for one in results)} passed, {sum(one.failed for one in results)} failed")
     # A version on which no test ran has not passed.
     return 0 if all(result.passed and not result.failed for result in results) else 1
 
