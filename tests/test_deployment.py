@@ -16,7 +16,7 @@ from typing import Any
 import psycopg
 import pytest
 from cluster import Cluster, on_database
-from doors import query
+from doors import pretend, query
 from pooler import Pooler
 from psycopg import sql
 from workers import Workers
@@ -178,15 +178,21 @@ async def test_a_database_without_the_schema_is_refused(empty_dsn: str, refused:
 
 
 @pytest.mark.parametrize(
-    ("version", "fix"),
-    [("pgchan_0000", "run: pgchan migrate"), ("pgchan_9999", "install the pgchan release that made it")],
+    ("version", "sentence"),
+    [
+        ("pgchan_0000", "the database is at pgchan_0000, this code needs {oldest}; run: pgchan migrate"),
+        (
+            "pgchan_9999",
+            "the database is at pgchan_9999 and serves code of pgchan_9999 and later, this code is of {newest}; "
+            "install a newer pgchan",
+        ),
+    ],
 )
-async def test_an_older_and_a_newer_schema_are_refused(direct_dsn: str, refused: Any, version: str, fix: str) -> None:
-    query(
-        direct_dsn,
-        f"create or replace function pgchan.version() returns text language sql as $$ select '{version}' $$",
-    )
-    sentence = f"the database is at {version}, this code needs {pgchan.db.SCHEMA_VERSION}; {fix}"
+async def test_an_older_and_a_newer_schema_are_refused(
+    direct_dsn: str, refused: Any, version: str, sentence: str
+) -> None:
+    pretend(direct_dsn, version, version)
+    sentence = sentence.format(oldest=pgchan.db.SCHEMA_OLDEST, newest=pgchan.db.SCHEMA_VERSION)
     await refused(direct_dsn, sentence, check="schema", kind=errors.SchemaMismatch)
 
 
@@ -208,7 +214,7 @@ async def test_a_worker_whose_role_lacks_rights_is_told_what_to_grant(
 ) -> None:
     name, dsn = login
     query(direct_dsn, f"grant usage on schema pgchan to {name}")
-    query(direct_dsn, f"grant execute on function pgchan.version() to {name}")
+    query(direct_dsn, f"grant execute on function pgchan.version(), pgchan.serves() to {name}")
     status, _, complaint = await asyncio.to_thread(command, dsn, "worker", "program:worker")
     assert status == 1
     assert "Traceback" not in complaint
