@@ -280,15 +280,18 @@ class Machine(RuleBasedStateMachine):
         self._move(run, state)
         run.head += 1
 
-    @precondition(lambda self: len(self.runs) < 3)
+    # Without the conditions most calls would find nothing to do.
+
+    @precondition(lambda self: len(self.runs) < 6 and sum(not run.is_ended for run in self.runs) < 2)
     @rule()
     def start(self) -> None:
-        name = f"{Machine.examples}/{len(self.runs)}"
+        name = f"{Machine.examples}/r{len(self.runs)}"
         self.runs.append(Model(self.session.start(name), name))
         assert self.session.rows(sql.ENQUEUE, name, "flow", None, "default", 0, None, None, b"{}", None)[0] == (
             "existed", None,
         )  # fmt: skip
 
+    @precondition(lambda self: any(run.state == "scheduled" for run in self.runs))
     @rule(which=st.integers(0, 1), most=st.integers(1, 3))
     def claim(self, which: int, most: int) -> None:
         claimed = {row[0]: row for row in self.session.claim(self.workers[which], most)}
@@ -366,7 +369,7 @@ class Machine(RuleBasedStateMachine):
             if run.state == "waiting":
                 run.state = "scheduled"
 
-    @precondition(lambda self: self.runs)
+    @precondition(lambda self: any(len(run.signals) < 3 and not run.is_ended for run in self.runs))
     @rule(data=st.data(), key=st.none() | st.sampled_from("kl"), body=st.sampled_from([b"1", b"2"]))
     def deliver(self, data: st.DataObject, key: str | None, body: bytes) -> None:
         run = data.draw(st.sampled_from(self.runs))
@@ -399,7 +402,7 @@ class Machine(RuleBasedStateMachine):
             assert outcome == "finished"
             self._end(run, state)
 
-    @precondition(lambda self: self.runs)
+    @precondition(lambda self: len(self.attempts) > 2)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         run = data.draw(st.sampled_from(self.runs))
@@ -407,7 +410,7 @@ class Machine(RuleBasedStateMachine):
         if not run.is_ended:
             self._end(run, "cancelled")
 
-    @precondition(lambda self: self.runs)
+    @precondition(lambda self: any(run.is_ended for run in self.runs))
     @rule(data=st.data())
     def resume(self, data: st.DataObject) -> None:
         run = data.draw(st.sampled_from(self.runs))
@@ -420,9 +423,9 @@ class Machine(RuleBasedStateMachine):
         run.head += 1
         run.journal.append("")
 
-    @precondition(lambda self: self.runs)
-    @rule(data=st.data(), step=st.sampled_from("abc"), again=st.booleans())
-    def fork(self, data: st.DataObject, step: str, again: bool) -> None:
+    @precondition(lambda self: any(run.journal for run in self.runs))
+    @rule(data=st.data(), step=st.sampled_from("abc"))
+    def fork(self, data: st.DataObject, step: str) -> None:
         run = data.draw(st.sampled_from(self.runs))
         name = f"{run.name}/{step}"
         known = [other for other in self.runs if other.name == name]
@@ -448,16 +451,17 @@ class Machine(RuleBasedStateMachine):
         self._move(run, "scheduled")
         run.journal, run.journal_epoch = [], 0  # a new channel; the next claim raises both to one number
 
+    @precondition(lambda self: any(run.owner for run in self.runs))
     @rule(which=st.integers(0, 1), data=st.data())
     def hand_back(self, which: int, data: st.DataObject) -> None:
         """A worker that is stopped gives back what it holds; it names others in vain."""
-        named = data.draw(st.lists(st.sampled_from(self.runs), unique_by=id)) if self.runs else []
+        named = data.draw(st.lists(st.sampled_from(self.runs), unique_by=id))
         self.session.rows(sql.RELEASE, self.workers[which], [run.id for run in named])
         for run in named:
             if run.owner == self.workers[which]:
                 self._move(run, "scheduled")
 
-    @precondition(lambda self: self.runs)
+    @precondition(lambda self: self.attempts)
     @rule(data=st.data())
     def publish(self, data: st.DataObject) -> None:
         """Somebody else says something on the channel of a run."""
@@ -472,6 +476,7 @@ class Machine(RuleBasedStateMachine):
             run.said += 1
             assert outcome.position == run.head
 
+    @precondition(lambda self: any(run.owner for run in self.runs))
     @rule(which=st.integers(0, 1))
     def reap(self, which: int) -> None:
         """The worker has died; another takes its place."""
