@@ -13,7 +13,8 @@ import pytest
 from doors import query
 
 import pgchan
-from pgchan import errors, psycopg_db
+from pgchan import errors, psycopg_db, sql
+from pgchan.db import drive
 
 BlockUntil = Callable[..., None]
 
@@ -147,6 +148,14 @@ def test_a_client_does_not_survive_a_fork(client: pgchan.Client) -> None:
     with pytest.raises(errors.InvalidInput, match="before a fork"):
         client.channel("c").publish(1)
     client._pid = os.getpid()
+
+
+def test_an_argument_that_psycopg_does_not_send_is_no_lost_connection(client: pgchan.Client) -> None:
+    """It has no SQLSTATE, as a lost connection has none; but to try again would not help."""
+    with pytest.raises(errors.Error, match="22000") as caught:
+        drive(client._db.fetch(sql.CHANNEL_ID, "a\0b"))
+    assert type(caught.value) is errors.Error
+    assert client.channel("c").publish(1).position == 1
 
 
 @pytest.mark.parametrize(

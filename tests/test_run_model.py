@@ -254,21 +254,18 @@ class Model:
 class Machine(RuleBasedStateMachine):
     """Two workers, some runs, and attempts of which some were superseded long ago. One session: one order of events."""
 
-    dsn = ""
+    session: Session  # of all examples: a new one would plan every statement anew
     examples = 0
 
     def __init__(self) -> None:
         super().__init__()
         Machine.examples += 1
-        self.session = Session(self.dsn)
-        self.session.rows("select pgchan.release(id, null) from pgchan.workers")
-        self.session.rows("update pgchan.runs set state = 'failed', ended_at = now() where ended_at is null")
+        self.session.rows("select pg_advisory_unlock_all()")
+        for table in ("messages", "runs", "channels", "workers"):  # of the last example; few rows, so no truncate
+            self.session.rows(f"delete from pgchan.{table}")
         self.workers = [self.session.worker(), self.session.worker()]
         self.runs: list[Model] = []
         self.attempts: list[tuple[Model, int, int]] = []  # each claim there was, with its epoch and journal
-
-    def teardown(self) -> None:
-        self.session.connection.close()
 
     def _move(self, run: Model, state: str, owner: int | None = None) -> None:
         """Into this state, which fences out whoever owned it: both epochs are then one number above all before."""
@@ -510,6 +507,6 @@ class Machine(RuleBasedStateMachine):
 
 
 @patience(600)
-def test_any_sequence_of_calls_leaves_what_the_model_says(dsn: str) -> None:
-    Machine.dsn = dsn
+def test_any_sequence_of_calls_leaves_what_the_model_says(session: Callable[[], Session]) -> None:
+    Machine.session = session()
     run_state_machine_as_test(Machine, settings=effort(EXAMPLES, stateful_step_count=STEPS))
