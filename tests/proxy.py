@@ -54,10 +54,14 @@ class Proxy:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, port = str(self._target.get("host", "127.0.0.1")), int(self._target.get("port", 5432))
-        if re.match(r"[/@]", host):
-            upstream = await asyncio.open_unix_connection(f"{host}/.s.PGSQL.{port}")
-        else:
-            upstream = await asyncio.open_connection(host, port)
+        try:
+            if re.match(r"[/@]", host):
+                upstream = await asyncio.open_unix_connection(f"{host}/.s.PGSQL.{port}")
+            else:
+                upstream = await asyncio.open_connection(host, port)
+        except OSError:  # the server is away
+            writer.close()
+            return
         self._writers |= {writer, upstream[1]}
         doomed = asyncio.Event()
         for source, target, is_answer in ((reader, upstream[1], False), (upstream[0], writer, True)):

@@ -15,7 +15,7 @@ A line has `m` (CLOCK_MONOTONIC, one clock for all processes of a host), `t` (wa
   reset     reader, reading, channel, reason history_lost|trimmed, first, last
   left      reader, channel: it stops following on purpose
   worker    worker (its id): the process is this worker now · reaped worker, runs: took the runs of a dead one back
-  claim     run, epoch, worker · fenced run, epoch
+  claim     run, epoch, worker · over run, epoch, why: this attempt has ended
   effect    run, step, epoch: the step's function begins · effected run, step, epoch, value: it is about to return this
   recorded  run, step, epoch, value: run.step has returned this, executed or replayed
   start     type, run · signal type, run, value, key; ok: position · cancelled run, type
@@ -23,7 +23,7 @@ A line has `m` (CLOCK_MONOTONIC, one clock for all processes of a host), `t` (wa
   fault     kind, target (a process), edge begin|end, deadly (it may cost the target its runs), within (seconds, in
             which another must have gone on); lossy (a failover that loses committed data)
   quiet     the last fault is over
-  memory    of, mark before|after, bytes · left_behind what
+  memory    of, mark before|after, bytes · left_behind what · surprise what: an error that is none of pgchan's, or a lie
 
 `at` is in µs since 1970. A body of a run that is a dict with `epoch` is held against the claims; the result of a step
 that is a dict with `output` (list of the `id`s that its messages carry) and `signals` (positions it took) is held
@@ -466,6 +466,12 @@ def nothing_from_nowhere(history: History) -> Iterator[Finding]:
     for o in history.by["read"]:
         if (why := judge(o["channel"], o["kind"], o["value"])) is not None:
             yield f"a reader of {o['channel']!r} was given what {why}", [o]
+    starts: defaultdict[str, set[str]] = defaultdict(set)
+    for o in history.by["start"]:
+        starts[o["run"]].add(o["type"])
+    for run in history.runs.keys() & starts.keys():
+        if starts[run] == {"invoke", "fail"}:
+            yield f"run {run!r} exists, and its start was rolled back", []
 
 
 @_invariant("I6")
@@ -509,7 +515,7 @@ def positions_rise(history: History) -> Iterator[Finding]:
     for o in history.by["publish"]:
         if o["type"] != "ok" or o.get("repeat") or history.lossy:
             continue
-        where = o.get("publisher", o["process"]), o["channel"]
+        where: tuple[str, str] = o.get("publisher", o["process"]), o["channel"]
         if where in last and o["position"] <= last[where]["position"]:
             yield f"{where[0]!r} was given {o['position']} after {last[where]['position']}", [last[where], o]
         last[where] = o
@@ -683,6 +689,13 @@ def cancelled_is_final(history: History) -> Iterator[Finding]:
             yield f"run {o['run']!r} was reported as {o['state']} and is {ended.state}, {text(ended.result)[:100]}", [o]
 
 
+@_invariant("I15")
+def only_known_errors(history: History) -> Iterator[Finding]:
+    """Nobody is given an error that is not in pgchan's tree, or one that is a lie; no process ends by itself."""
+    for o in history.by["surprise"]:
+        yield str(o["what"]), [o]
+
+
 # ------------------------------------------------------------------------------------------------ liveness
 
 
@@ -813,7 +826,7 @@ def takeovers(operations: list[Operation]) -> list[Takeover]:
     """From the last sign of a worker (the fault) to the first step of the next attempt, for each run whose step was
     under way."""
     found: list[Takeover] = []
-    under_way: defaultdict[str, dict[str, int]] = defaultdict(dict)  # by process: run → epoch of its step
+    under_way: defaultdict[str, dict[tuple[str, str], int]] = defaultdict(dict)  # by process: run and step → epoch
     pending: dict[str, tuple[Operation, int]] = {}  # by run: the fault, the epoch that it ended
     for o in operations:
         op = o["op"]
@@ -822,14 +835,20 @@ def takeovers(operations: list[Operation]) -> list[Takeover]:
                 fault = pending.pop(o["run"])[0]
                 within = fault.get("within", float("inf"))
                 found.append(Takeover(fault["kind"], o["run"], o["m"] - fault["m"], within, fault))
-            under_way[o["process"]][o["run"]] = o["epoch"]
-        elif op in ("effected", "recorded", "fenced"):
-            under_way[o["process"]].pop(o["run"], None)
-            if op != "fenced" and (waiting := pending.get(o["run"])) is not None and o["epoch"] == waiting[1]:
+            under_way[o["process"]][o["run"], o["step"]] = o["epoch"]
+        elif op == "effected":
+            under_way[o["process"]].pop((o["run"], o["step"]), None)
+            if (waiting := pending.get(o["run"])) is not None and o["epoch"] == waiting[1]:
                 pending.pop(o["run"])  # the worker went on itself
+        elif op == "over":
+            ended = [where for where in under_way[o["process"]] if where[0] == o["run"]]
+            for where in ended:
+                del under_way[o["process"]][where]
         elif op == "cancelled":
             pending.pop(o["run"], None)
-        elif op == "fault" and o.get("deadly") and o["edge"] == "begin":
-            for run, epoch in under_way.pop(o.get("target", ""), {}).items():
-                pending.setdefault(run, (o, epoch))
+        elif op == "fault" and o["edge"] == "begin":
+            pending.clear()  # what two faults cost together is not held against one
+            if o.get("deadly"):
+                for (run, _), epoch in under_way.pop(o.get("target", ""), {}).items():
+                    pending[run] = o, epoch
     return found

@@ -449,6 +449,17 @@ def _(story: Story) -> None:
     story.runs[RUN] = replace(story.runs[RUN], result="other")
 
 
+@breaks("I5", "a run exists whose start was rolled back")
+def _(story: Story) -> None:
+    story.the("start", run="run").update(type="invoke")
+    story.log(9, "c", "start", type="fail", run="run")
+
+
+@breaks("I15", "a call raises what no call may raise")
+def _(story: Story) -> None:
+    story.log(9, "p", "surprise", what="KeyError('x')")
+
+
 @breaks("L1", "a run does not end")
 def _(story: Story) -> None:
     story.runs[RUN] = replace(story.runs[RUN], state="waiting")
@@ -519,7 +530,7 @@ def test_a_broken_history_is_caught_and_named(invariant: str, how: str, change: 
 
 
 def test_every_invariant_is_broken_by_some_history() -> None:
-    numbers = [f"I{n}" for n in range(1, 15)] + [f"L{n}" for n in range(1, 7)]
+    numbers = [f"I{n}" for n in range(1, 16)] + [f"L{n}" for n in range(1, 7)]
     assert list(history._CHECKS) == numbers
     assert {invariant for invariant, _, _ in BREAKS} == set(numbers)
 
