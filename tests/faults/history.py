@@ -423,7 +423,7 @@ def acknowledged_is_durable(history: History) -> Iterator[Finding]:
 
 @_invariant("I4")
 def stored_once(history: History) -> Iterator[Finding]:
-    """What was published once, or under one key, lies at one position."""
+    """What was published once, or under one key, lies at one position for as long as it is kept."""
     keys: dict[tuple[str, str], int] = {}
     values: dict[tuple[str, str], int] = {}
     for name, rows in history.messages.items():
@@ -438,8 +438,12 @@ def stored_once(history: History) -> Iterator[Finding]:
     told: dict[tuple[str, str], Operation] = {}
     for o in history.by["publish"]:
         if o["type"] == "ok" and o.get("key") is not None:
-            first = told.setdefault((o["channel"], o["key"]), o)
-            if first["position"] != o["position"]:
+            where = o["channel"], o["key"]
+            first = told.setdefault(where, o)
+            row = history.channels.get(o["channel"])
+            if row is not None and first["position"] <= row.trimmed:
+                told[where] = o  # a key counts for as long as its message is kept
+            elif first["position"] != o["position"]:
                 yield f"key {o['key']!r} was acknowledged at two positions", [first, o]
 
 
@@ -515,7 +519,7 @@ def positions_rise(history: History) -> Iterator[Finding]:
     for o in history.by["publish"]:
         if o["type"] != "ok" or o.get("repeat") or history.lossy:
             continue
-        where: tuple[str, str] = o.get("publisher", o["process"]), o["channel"]
+        where = str(o.get("publisher", o["process"])), str(o["channel"])
         if where in last and o["position"] <= last[where]["position"]:
             yield f"{where[0]!r} was given {o['position']} after {last[where]['position']}", [last[where], o]
         last[where] = o
