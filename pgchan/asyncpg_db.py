@@ -23,9 +23,10 @@ from typing import Any
 
 import asyncpg
 
-from pgchan import db, errors, sql
+from pgchan import db, errors, points, sql
 from pgchan.db import Entry, Known, Outcome, Row
 from pgchan.names import POSITION_MAX
+from pgchan.points import point, point_soon
 from pgchan.wakeups import LISTEN_NAMES, SWEEP_SECONDS, Followed, Hub, Pace, Watch
 from pgchan.writer import Batch, Queued, Settle, Waiting
 
@@ -37,6 +38,8 @@ HEAR_SECONDS = 5.0  # for the first NOTIFY to arrive; what is silent for longer 
 KNOWN_MAX = 100_000  # channels whose id and type are remembered
 
 GIVEN_UP = frozenset({"25006", "57P01", "57P02", "57P05"})  # read-only, and three ways in which a server says farewell
+
+SENT = {sql.CLAIM: "claim_sent", sql.FINISH: "finish_sent"}  # points, by the statement that is on its way
 
 log = logging.getLogger("pgchan")
 
@@ -262,6 +265,8 @@ class AsyncpgDb:
             if await _is_cut(connection):
                 raise errors.Unavailable("the database cannot be reached")
             self.stats["pages"] += 1
+            if points.reached is not None and (name := SENT.get(statement)) is not None:
+                point_soon(name, asyncio.get_running_loop().call_soon)
             rows: list[Row] = await connection.fetch(statement, *args, timeout=CALL_SECONDS)
             return rows
         except DRIVER_ERRORS as error:
@@ -483,6 +488,8 @@ class Writer:
             _settle_all(gone, errors.Fenced("a failover lost what this attempt had written", run=gone[0].entry.name))
             self._waiting.put_back([one for one in batch.queued if one not in gone])
             return
+        if points.reached is not None and batch.holds_record:
+            point_soon("checkpoint_sent", asyncio.get_running_loop().call_soon)
         try:
             statement, arguments = batch.call(batch.lock_wait)
             row = await connection.fetchrow(statement, *arguments, timeout=CALL_SECONDS)
@@ -747,6 +754,7 @@ class Listener:
         connection.add_termination_listener(lambda _: self._wake.set())
         for name in (*LISTEN_NAMES, self._ping_name):
             await connection.add_listener(name, self._heard)
+        point("listening")
         self._ping_heard = True
         self.hub.everything_moved()  # only now: what is read from here on was announced to us or is there already
         self.state = "listening"

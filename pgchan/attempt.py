@@ -215,16 +215,16 @@ class Attempt:
 
     async def write(self, *entries: Entry) -> list[Outcome]:
         """Write entries in one commit, durable when this returns. Ends the attempt, and raises, if one is refused."""
-        return await self._write(lambda: list(entries))
-
-    async def _write(self, make: Callable[[], list[Entry]]) -> list[Outcome]:
-        """Write what `make` returns. It is called when nothing can come between it and the writer any more."""
         await self._may_write()
-        entries = make()
+        return await self._put(list(entries))
+
+    async def _put(self, entries: list[Entry], queued: str | None = None) -> list[Outcome]:
+        """Hand entries to the writer, and wait for what becomes of them. queued: the point that this is."""
         receipt = _Receipt(len(entries))
         for index, entry in enumerate(entries):
             self._writer.put(entry, receipt.settle(index), more=index + 1 < len(entries))
-        point("checkpoint_queued")
+        if queued is not None:
+            point(queued)
         outcomes = await receipt.future
         for entry, outcome in zip(entries, outcomes, strict=True):
             self._judge(entry, outcome)
@@ -375,13 +375,11 @@ class Attempt:
     async def record(self, step: StepContext, word: str, body: bytes) -> None:
         """Record how a step ended, in one commit with its output and the signals it consumed."""
         point("effect_done")
-
-        def make() -> list[Entry]:
-            entries = self.result_entries(step, word, body)
-            step.taken = []  # on their way: whoever is cancelled from here on does not give them back
-            return entries
-
-        outcomes = await self._write(make)
+        await self._may_write()
+        # From here on nothing can come between these entries and the writer any more.
+        entries = self.result_entries(step, word, body)
+        step.taken = []  # on their way: whoever is cancelled from here on does not give them back
+        outcomes = await self._put(entries, "checkpoint_queued")
         step.over = True
         value = body if word == "result" else codec.decode(body)
         at = outcomes[-1].at or datetime.now(UTC)

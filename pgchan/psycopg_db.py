@@ -27,6 +27,7 @@ from pgchan import db, errors, sql
 from pgchan.db import Entry, Known, Outcome, Row
 from pgchan.model import Message
 from pgchan.names import POSITION_MAX
+from pgchan.points import point
 from pgchan.wakeups import LISTEN_NAMES, SWEEP_SECONDS, Followed, Hub, Pace, Watch
 from pgchan.writer import Batch, Queued, Waiting
 
@@ -612,6 +613,7 @@ class Listener:
     def _listen(self, connection: Connection) -> None:
         for name in (*LISTEN_NAMES, self._ping_name):
             connection.execute(f"listen {name}")
+        point("listening")
         self._ping_heard = True
         with self.changed:
             self.hub.everything_moved()

@@ -25,7 +25,7 @@ from pgchan.asyncpg_db import DRIVER_ERRORS
 from pgchan.attempt import Passed, StepContext, current_step
 from pgchan.db import STORED
 from pgchan.journal import Recorded
-from pgchan.points import point
+from pgchan.points import point, point_soon
 
 if TYPE_CHECKING:
     from pgchan.attempt import Attempt
@@ -179,7 +179,7 @@ class Transaction:
                     await self._roll_back()
                     attempt.end("fenced")
                     raise errors.fenced(attempt.claimed.run)
-            point("checkpoint_sent")
+            point_soon("checkpoint_sent", asyncio.get_running_loop().call_soon)
             await (self._transaction if self._engine is None else self._connection).commit()
             point("checkpointed")
             for row in rows:

@@ -366,7 +366,6 @@ class Worker:
 
     async def _claim(self, most: int) -> int:
         db = self.client._use()
-        point("claim_sent")
         try:
             rows = await db.fetch_claims(sql.CLAIM, self.id, list(self.queues), list(self.workflows), most)
         except errors.Indefinite:
@@ -503,7 +502,6 @@ class Worker:
 
     async def _finish(self, attempt: Attempt, state: str, result: bytes | None, error: bytes | None) -> None:
         """Record the run's end. A repeat after a lost answer finds itself fenced by the first."""
-        point("finish_sent")
         tries = 0
         while attempt.over is None or attempt.over == "deadline":
             try:

@@ -113,6 +113,12 @@ class Batch:
         self._size += len(entry.body)
         self.queued.append(queued)
 
+    @property
+    def holds_record(self) -> bool:
+        """Whether it records a step: an entry with a key in a journal, the channel that is its own owner."""
+        entries = [queued.entry for queued in self.queued]
+        return any(e.key is not None and e.owner is not None and e.owner == e.channel_id for e in entries)
+
     def refused_for_now(self, outcomes: list[Outcome]) -> list[Queued]:
         """The entries whose channel was locked, and those that must go with them."""
         both = list(zip(self.queued, outcomes, strict=True))

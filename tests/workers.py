@@ -1,8 +1,9 @@
 """Workers as processes of their own, to kill, freeze and stop at named points; and the workflows that they execute.
 
 Run as a program this file is such a worker. It tells what happens in lines of JSON on its output, each with the time
-(CLOCK_MONOTONIC, one clock for all processes), and takes orders on its input: "go" lets it go on from a named point,
-"open NAME" opens a gate at which a step waits. `Process` is the other end.
+(CLOCK_MONOTONIC, one clock for all processes), and takes orders on its input: "at NAME" lets it stop when it comes to
+this point, "at NAME#2" the second time from now; "go" lets it go on from there; "open NAME" opens a gate at which a
+step waits; "clock SECONDS" moves its wall clock. `Process` is the other end.
 """
 
 from __future__ import annotations
@@ -204,31 +205,51 @@ async def greedy(run: pgchan.Run, size: int) -> int:
 WORKFLOWS: list[Any] = [talk, everything, reserve, receive, ping, endless, blocks, stubborn, nap, hogs, greedy]
 
 
-def _obey(loop: asyncio.AbstractEventLoop) -> None:
+def obey(loop: asyncio.AbstractEventLoop | None = None) -> None:
+    """Take orders, in a thread of its own."""
+    threading.Thread(target=_obey, args=[loop], daemon=True).start()
+
+
+def _obey(loop: asyncio.AbstractEventLoop | None) -> None:
+    wall = time.time
     for line in sys.stdin:
         word, _, name = line.strip().partition(" ")
-        if word == "open":
+        if word == "open" and loop is not None:
             loop.call_soon_threadsafe(_gates[name].set)
+        elif word == "at":
+            stop_at(name)
+        elif word == "clock":
+            time.time = lambda by=float(name): wall() + by  # type: ignore[misc]
+            tell("clock", name)
         else:
             _orders.put(word)
 
 
-def _stop_at(name: str) -> None:
+def stop_at(place: str) -> None:
+    """Stop once at this point, "NAME" or "NAME#2", until the order to go."""
+    assert place.partition("#")[0] in points.NAMES
+    name, _, number = place.partition("#")
+    left = int(number or 1)
+
     def reached(point: str) -> None:
-        if point == name and points.reached is not None:
-            points.reached = None  # the first time only
-            tell("point", name)
-            _orders.get()
+        nonlocal left
+        if point == name and points.reached is reached:
+            left -= 1
+            if left == 0:
+                points.reached = None
+                tell("point", name)
+                _orders.get()
 
     points.reached = reached
+    tell("at", place)
 
 
-async def _work(dsn: str, name: str, at: str | None, options: dict[str, Any]) -> None:
-    async with pgchan.AsyncClient(dsn, name=name) as client:
-        worker = pgchan.Worker(client, WORKFLOWS, name=name, **options)
-        threading.Thread(target=_obey, args=[asyncio.get_running_loop()], daemon=True).start()
+async def work(client: pgchan.AsyncClient, worker: pgchan.Worker, at: str | None) -> None:
+    """Execute runs until SIGTERM."""
+    async with client:
+        obey(asyncio.get_running_loop())
         if at is not None:
-            _stop_at(at)
+            stop_at(at)
         working = asyncio.create_task(worker.run())
         started = asyncio.create_task(worker.wait_started())
         await asyncio.wait({working, started}, return_when=asyncio.FIRST_COMPLETED)
@@ -238,22 +259,28 @@ async def _work(dsn: str, name: str, at: str | None, options: dict[str, Any]) ->
         started.cancel()
 
 
+async def _work(dsn: str, name: str, at: str | None, options: dict[str, Any]) -> None:
+    client = pgchan.AsyncClient(dsn, name=name)
+    await work(client, pgchan.Worker(client, WORKFLOWS, name=name, **options), at)
+
+
 # ------------------------------------------------------------------------------------------------ the test's side
 
 
 class Process:
-    """A worker process. Everything that it told is in `events`, as (time, event, facts…)."""
+    """A worker process, or another program that speaks as this one does. Everything that it told is in `events`, as
+    (time, event, facts…)."""
 
     def __init__(
-        self, dsn: str, name: str, *, at: str | None = None, environment: Mapping[str, str] | None = None,
-        **options: Any,
+        self, dsn: str, name: str, *, at: str | None = None, program: str = __file__,
+        environment: Mapping[str, str] | None = None, **options: Any,
     ) -> None:  # fmt: skip
         self.dsn = dsn
         self.name = name
         self.events: list[list[Any]] = []
         arguments = [dsn, name, at or "", json.dumps(options)]
         self.process = subprocess.Popen(
-            [sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=os.environ | dict(environment or {}),
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read)
@@ -285,6 +312,12 @@ class Process:
 
     def open(self, gate: str) -> None:
         self.order(f"open {gate}")
+
+    async def stop_at(self, place: str) -> None:
+        """Let it stop at a point from now on; returns when it has understood."""
+        before = len(self.told("at", place))
+        self.order(f"at {place}")
+        await self.tells("at", place, times=before + 1)
 
     def send(self, number: signal.Signals) -> float:
         """Send it a signal; the time."""
