@@ -582,6 +582,7 @@ async def _main(role: str, name: str, options: dict[str, Any]) -> None:
     else:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+        log.write("up")
         await ROLES[role](options["dsn"], name, options)
 
 

@@ -23,6 +23,7 @@ A line has `m` (CLOCK_MONOTONIC, one clock for all processes of a host), `t` (wa
   fault     kind, target (a process), edge begin|end, deadly (it may cost the target its runs), within (seconds, in
             which another must have gone on); lossy (a failover that loses committed data)
   quiet     the last fault is over
+  up        the process has begun, and takes SIGTERM
   memory    of, mark before|after, bytes · left_behind what · surprise what: an error that is none of pgchan's, or a lie
 
 `at` is in µs since 1970. A body of a run that is a dict with `epoch` is held against the claims; the result of a step
@@ -440,8 +441,8 @@ def stored_once(history: History) -> Iterator[Finding]:
         if o["type"] == "ok" and o.get("key") is not None:
             where = o["channel"], o["key"]
             first = told.setdefault(where, o)
-            row = history.channels.get(o["channel"])
-            if row is not None and first["position"] <= row.trimmed:
+            channel = history.channels.get(o["channel"])
+            if channel is not None and first["position"] <= channel.trimmed:
                 told[where] = o  # a key counts for as long as its message is kept
             elif first["position"] != o["position"]:
                 yield f"key {o['key']!r} was acknowledged at two positions", [first, o]

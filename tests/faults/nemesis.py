@@ -79,9 +79,12 @@ class Actor:
         self.proxy: Proxy | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self.frozen = False
+        self._log = world.directory / f"{name}.jsonl"
+        self._logged = 0  # bytes, before it was started
 
     def start(self) -> None:
         assert self.process is None
+        self._logged = self._log.stat().st_size if self._log.exists() else 0
         program = Path(__file__).with_name("actors.py")
         with (self.world.directory / f"{self.name}.out").open("ab") as out:
             self.process = subprocess.Popen(
@@ -101,6 +104,13 @@ class Actor:
         self.world.log.write("surprise", what=f"{self.name} ended by itself with status {status}: {tail}")
         self.process = None
         return False
+
+    @property
+    def up(self) -> bool:
+        """Whether it has begun to act: it takes SIGTERM."""
+        if not self.alive or not self._log.exists() or self._log.stat().st_size == self._logged:
+            return False
+        return self.role != "endpoint" or _listens(self.options["port"])
 
     def send(self, number: signal.Signals) -> None:
         assert self.process is not None
@@ -218,14 +228,7 @@ class World:
 
     async def _ready(self) -> None:
         for actor in self.actors:
-            path = self.directory / f"{actor.name}.jsonl"
-            port = actor.options.get("port")
-            await self.until(
-                lambda actor=actor, path=path, port=port: not actor.alive  # type: ignore[misc]
-                or (_listens(port) if actor.role == "endpoint" else path.exists() and path.stat().st_size > 0),
-                READY_SECONDS, f"{actor.name} to begin",
-            )  # fmt: skip
-            assert actor.alive, f"{actor.name} did not start: {self.directory}"
+            await self.until(lambda actor=actor: actor.up, READY_SECONDS, f"{actor.name} to begin")  # type: ignore[misc]
 
     async def until(self, fact: Callable[[], Any], seconds: float, what: str) -> None:
         """Wait for a fact."""
@@ -430,7 +433,7 @@ class Nemesis:
 
     async def roll_worker(self) -> None:
         """A deploy: SIGTERM, and the next one at once."""
-        if (target := self._one("worker")) is not None:
+        if (target := self._one("worker")) is not None and target.up:
             async with self._fault("roll", target):
                 await target.end()
 

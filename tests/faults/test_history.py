@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from faults import history
 from faults.history import ChannelRow, Log, MessageRow, Operation, RunRow, Tables, check, read_logs, takeovers
+from faults.nemesis import FAULTS
 
 import pgchan
 from pgchan.model import microseconds
@@ -535,6 +537,12 @@ def test_every_invariant_is_broken_by_some_history() -> None:
     assert {invariant for invariant, _, _ in BREAKS} == set(numbers)
 
 
+def test_the_readme_names_every_invariant_and_every_fault() -> None:
+    text = Path(__file__).with_name("README.md").read_text()
+    assert re.findall(r"^\| ([IL]\d+) \|", text, re.MULTILINE) == list(history._CHECKS)
+    assert [kind for kind in FAULTS if f"`{kind}`" not in text] == []
+
+
 def test_after_a_failover_that_lost_data_only_readers_that_were_not_told_count() -> None:
     story = Story()
     story.log(40, "nemesis", "fault", kind="failover", edge="begin", lossy=True)
@@ -589,6 +597,7 @@ def test_logs_of_several_processes_are_merged_by_time(tmp_path: Path) -> None:
 def test_what_was_logged_before_a_kill_is_there(tmp_path: Path) -> None:
     code = """
 import os, signal, sys
+from faults.nemesis import FAULTS
 from faults.history import Log
 Log(sys.argv[1], "p").write("quiet")
 os.kill(os.getpid(), signal.SIGKILL)
