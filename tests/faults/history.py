@@ -21,7 +21,8 @@ A line has `m` (CLOCK_MONOTONIC, one clock for all processes of a host), `t` (wa
   start     type, run · signal type, run, value, key; ok: position · cancelled run, type
   ended     run, state, value: what somebody who waited for its result was told
   fault     kind, target (a process), edge begin|end, deadly (it may cost the target its runs), within (seconds, in
-            which another must have gone on); lossy (a failover that loses committed data)
+            which another must have gone on); lossy (a failover that loses committed data); long, with its end: the
+            server was away for longer than the grace
   quiet     the last fault is over
   up        the process has begun, and takes SIGTERM
   memory    of, mark before|after, bytes · left_behind what · surprise what: an error that is none of pgchan's, or a lie
@@ -58,6 +59,7 @@ LOCK_CLASS = 1885823848
 HEAD_SECONDS = 5.0  # after the faults a reader has what is there
 WAKE_SECONDS = 1.5  # and an idle one hears of news
 MEMORY_GROWTH = 1.2
+AFTERMATH_SECONDS = 20.0  # how long a fault may be the cause of something
 
 ROWS = "create table if not exists public.rows_of_steps (run text not null, step text not null, epoch bigint not null)"
 
@@ -303,6 +305,18 @@ class History:
         return {(claim["run"], claim["epoch"]): claim for claim in self.by["claim"]}
 
     @cached_property
+    def outages(self) -> list[tuple[float, float]]:
+        """Begin and end of times when the server was away for longer than the grace."""
+        begun: dict[str, float] = {}
+        found = []
+        for fault in self.by["fault"]:
+            if fault["edge"] == "begin":
+                begun[fault["kind"]] = fault["m"]
+            elif fault.get("long"):
+                found.append((begun[fault["kind"]], fault["m"]))
+        return found
+
+    @cached_property
     def deadly(self) -> dict[str, list[tuple[float, float]]]:
         """Begin and end of the faults that may cost a process its runs."""
         found: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
@@ -320,7 +334,8 @@ class History:
 
     def struck(self, process: str, since: float, until: float) -> bool:
         """Whether a deadly fault of this process lies in between, in part at least."""
-        return any(begin <= until and end >= since for begin, end in self.deadly.get(process, []))
+        faults = [*self.deadly.get(process, []), *self.outages]
+        return any(begin <= until and end >= since for begin, end in faults)
 
     @cached_property
     def reset_later(self) -> dict[tuple[str, str], float]:
@@ -799,14 +814,16 @@ def memory_is_bounded(history: History) -> Iterator[Finding]:
 
 @_invariant("L6")
 def takeovers_have_a_cause(history: History) -> Iterator[Finding]:
-    """Only a worker that was killed, frozen or cut off loses its runs, and then another goes on in time."""
+    """Only a worker that was killed, frozen or cut off for longer than the grace loses its runs, and then another goes
+    on in time."""
     process_of: dict[int, Operation] = {}
     for o in history.operations:
         if o["op"] == "worker":
             process_of.setdefault(o["worker"], o)
         elif o["op"] == "reaped":
             entered = process_of.get(o["worker"])
-            if entered is not None and not history.struck(entered["process"], entered["m"], o["m"]):
+            since = max(entered["m"], o["m"] - AFTERMATH_SECONDS) if entered is not None else 0.0
+            if entered is not None and not history.struck(entered["process"], since, o["m"]):
                 yield f"worker {o['worker']} was taken for dead and had no fault", [entered, o]
     for takeover in takeovers(history.operations):
         if takeover.seconds > takeover.within:

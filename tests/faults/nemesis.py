@@ -378,6 +378,17 @@ class Nemesis:
         finally:
             self.world.log.write("fault", edge="end", **named)
 
+    @asynccontextmanager
+    async def _outage(self, kind: str) -> AsyncIterator[None]:
+        """A fault of the server. One that is over within the grace costs no worker its runs."""
+        began = self.world.log.write("fault", edge="begin", kind=kind)
+        try:
+            yield
+            await self._back()
+        finally:
+            long = time.monotonic() - began > 0.7 * self.grace
+            self.world.log.write("fault", edge="end", kind=kind, **({"long": True} if long else {}))
+
     def _deadly(self, target: Actor, seconds: float) -> dict[str, Any]:
         """Facts of a fault that may cost a worker its runs, which must go on elsewhere within so many seconds."""
         return {"deadly": True, "within": seconds + TAKEOVER_SLACK_SECONDS} if target.role == "worker" else {}
@@ -485,17 +496,16 @@ class Nemesis:
         )
         if rows:
             (pid,) = self.chance.choice(sorted(rows))
-            async with self._fault("crash of a backend"):
+            async with self._outage("crash of a backend"):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                await self._back()
 
     async def restart_immediate(self) -> None:
-        async with self._fault("immediate restart"):
+        async with self._outage("immediate restart"):
             await asyncio.to_thread(self.world.cluster.restart, "immediate")
 
     async def restart_fast(self) -> None:
-        async with self._fault("fast restart"):
+        async with self._outage("fast restart"):
             await asyncio.to_thread(self.world.cluster.restart, "fast")
 
     async def _back(self) -> None:

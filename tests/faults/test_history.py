@@ -517,6 +517,13 @@ def _(story: Story) -> None:
     story.the("fault", edge="begin")["deadly"] = False
 
 
+@breaks("L6", "a restart within the grace costs a worker its runs")
+def _(story: Story) -> None:
+    story.the("fault", edge="begin")["deadly"] = False
+    story.log(10.5, "nemesis", "fault", kind="crash", edge="begin")
+    story.log(10.9, "nemesis", "fault", kind="crash", edge="end")
+
+
 @breaks("L6", "another takes over too late")
 def _(story: Story) -> None:
     story.the("fault", edge="begin")["within"] = 1.0
@@ -572,6 +579,14 @@ def test_a_takeover_is_measured_from_the_last_sign_to_the_next_step() -> None:
     (takeover,) = takeovers(sorted(Story().operations, key=lambda operation: operation["m"]))
     assert (takeover.kind, takeover.run) == ("kill", "run")
     assert takeover.seconds == pytest.approx(1.2)
+
+
+def test_a_server_that_is_away_for_longer_than_the_grace_may_cost_a_worker_its_runs() -> None:
+    story = Story()
+    story.the("fault", edge="begin")["deadly"] = False
+    story.log(10.3, "nemesis", "fault", kind="crash", edge="begin")
+    story.log(11.1, "nemesis", "fault", kind="crash", edge="end", long=True)
+    assert story.check() == []
 
 
 def test_a_worker_that_goes_on_itself_is_no_takeover() -> None:
