@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +18,7 @@ import psycopg
 import pytest
 
 import pgchan
-from pgchan import errors
+from pgchan import errors, points
 
 ROOT = Path(__file__).parent.parent
 LINES_MAX = 400
@@ -357,3 +360,38 @@ def test_long_files_and_functions_say_why(path: Path) -> None:
 def test_the_symlinks_for_type_checkers_lead_to_the_directories() -> None:
     for name in ("server", "migrations", "examples"):
         assert (ROOT / "pgchan" / name).readlink() == Path("..") / name
+
+
+# ---- named points
+
+
+def _points(path: Path) -> set[str]:
+    """The names that the file hands to point() or point_soon(), or maps to: all its texts that are in the list."""
+    tree = ast.parse(path.read_text("utf-8"))
+    called = {
+        node.args[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("point", "point_soon")
+        and isinstance(node.args[0], ast.Constant)
+    }
+    return called | {node.value for node in _texts(tree) if node.value in points.NAMES}
+
+
+def test_the_points_that_are_used_are_the_points_that_are_listed() -> None:
+    used = set[str]().union(*(_points(path) for path in sources("pgchan", "server") if path.name != "points.py"))
+    assert used == set(points.NAMES)
+    assert len(points.NAMES) == len(set(points.NAMES)) == 12
+
+
+@pytest.mark.parametrize("path", sources("pgchan", "server", "migrations", "examples"), ids=short)
+def test_nothing_that_is_shipped_stops_at_a_point(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Attribute) and node.attr == "reached":
+            assert isinstance(node.ctx, ast.Load), f"{path}:{node.lineno} sets points.reached"
+
+
+def test_an_environment_variable_alone_stops_nothing() -> None:
+    environment = os.environ | {"PGCHAN_POINTS": ",".join(points.NAMES)}
+    program = "from pgchan import cli, points, serve, worker; assert points.reached is None"
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)

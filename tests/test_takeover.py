@@ -1,6 +1,6 @@
 """A worker dies, freezes or loses its connections, a server restarts: the run goes on, and nothing happens twice.
 
-Long, because each fault is one test and each named point is met by two of them.
+Faults at each named point are in faults/test_points.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import asyncio
 import signal
 import statistics
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -22,10 +21,6 @@ import pgchan
 
 TAKEOVER_SECONDS = 2.0  # promised, with the default grace of 1 s
 BUSY_SECONDS = 1.0  # what a busy machine may add
-POINTS = (
-    "claim_sent", "claimed", "journal_loaded", "step_started", "output_published", "effect_done", "checkpoint_queued",
-    "checkpointed", "finish_sent",
-)  # fmt: skip
 
 
 @pytest.fixture
@@ -46,17 +41,6 @@ async def controls(client: pgchan.AsyncClient, run: str, kind: str) -> list[dict
 
 def workers_of(dsn: str) -> list[int]:
     return [row[0] for row in query(dsn, "select id from pgchan.workers order by id")]
-
-
-async def is_right(client: pgchan.AsyncClient, run: str) -> None:
-    """What must hold of a run of `everything` with the signals "first" and "second", whatever happened to it."""
-    handle = client.run(run)
-    assert await handle.result(20) == ["first", "second"]
-    assert await bodies(client, run) == ["begin", "thinking", "answer to second", "end"]
-    assert Counter(m.key for m in await handle.journal()) == {"receive": 1, "middle": 1, "answer": 1}
-    consumed = await controls(client, run, "consumed")
-    assert [(body["signal"], body["step"]) for body in consumed] == [(1, "receive"), (2, "answer")]
-    assert await controls(client, run, "ended") == [{"type": "ended", "state": "succeeded"}]
 
 
 # ------------------------------------------------------------------------------------------------ death
@@ -296,37 +280,3 @@ async def test_a_cancel_reaches_a_running_step(client: pgchan.AsyncClient, proce
     with pytest.raises(pgchan.RunCancelled):
         await handle.result(5)
     assert await handle.journal() == []
-
-
-# ------------------------------------------------------------------------------------------------ at each named point
-
-
-async def stopped_at(client: pgchan.AsyncClient, processes: Processes, point: str) -> Process:
-    """A worker that has stopped at this point while it executes a run which has two signals."""
-    handle = await client.start("everything", id="r")
-    await handle.signal("first")
-    await handle.signal("second")
-    process = processes.begin("first", at=point)
-    await process.tells("point", point, seconds=30)
-    return process
-
-
-@pytest.mark.parametrize("point", POINTS)
-async def test_a_run_ends_right_though_its_worker_is_killed_at(
-    point: str, client: pgchan.AsyncClient, processes: Processes, workers: Workers
-) -> None:
-    first = await stopped_at(client, processes, point)
-    first.kill()
-    await workers.start()
-    await is_right(client, "r")
-
-
-@pytest.mark.parametrize("point", POINTS)
-async def test_a_run_ends_right_though_its_worker_is_cut_off_at(
-    point: str, client: pgchan.AsyncClient, processes: Processes
-) -> None:
-    first = await stopped_at(client, processes, point)
-    assert first.cut() >= 2
-    first.order("go")
-    await is_right(client, "r")
-    assert len(first.told("executed", "r", "middle")) == 1

@@ -1,7 +1,7 @@
 """Processes to do harm to: a worker and a reader, which tell all that they do as operations of history.py.
 
-They speak with the test as tests/workers.py does, over their output and input. An operation is the event "op"; a `Process`
-collects them and `operations` hands them to the checker.
+They speak with the test as tests/workers.py does, over their output and input. An operation is the event "op"; the
+test's `Process` collects them, and its `operations` are for the checker.
 """
 
 from __future__ import annotations
