@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[0] = str(Path(__file__).parents[1])
 
 import workers
 from faults.history import Operation
@@ -27,6 +27,8 @@ from pgchan.attempt import current_step
 from pgchan.model import Message, microseconds
 
 # ------------------------------------------------------------------------------------------------ the process's side
+
+READER: dict[str, Any] = {"reader": sys.argv[2] if __name__ == "__main__" else "", "reading": 1}
 
 
 def operation(op: str, **facts: Any) -> None:
@@ -159,10 +161,13 @@ async def beside(run: pgchan.Run) -> None:
     """A step whose record goes in one batch with a message of somebody else in this process."""
 
     async def other() -> None:
+        facts = {"channel": "other", "value": f"beside epoch {epoch_of(run)}"}
+        operation("publish", type="invoke", **facts)
         try:
-            tell("beside", (await worker.client.channel("other").publish("news")).position)
+            message = await worker.client.channel("other").publish(facts["value"])
+            operation("publish", type="ok", **facts, **stored(message))
         except pgchan.Error as error:
-            tell("beside", repr(error))
+            operation("publish", type="fail", **facts, error=repr(error))
 
     async def last() -> None:
         async with effect(run, "last"):
@@ -196,9 +201,9 @@ async def follow(client: pgchan.AsyncClient, channel: str, at: str | None) -> No
         if at is not None:
             stop_at(at)
         tail = client.channel(channel).tail()
-        begins(client, channel)
+        operation("reading", **READER, channel=channel, after=0, view="final")
         async for message in tail:
-            read(client, message)
+            read(message)
 
 
 def follow_blocking(client: pgchan.Client, channel: str, at: str | None) -> None:
@@ -208,18 +213,14 @@ def follow_blocking(client: pgchan.Client, channel: str, at: str | None) -> None
         if at is not None:
             stop_at(at)
         tail = client.channel(channel).tail()
-        begins(client, channel)
+        operation("reading", **READER, channel=channel, after=0, view="final")
         for message in tail:
-            read(client, message)
+            read(message)
 
 
-def begins(client: Any, channel: str) -> None:
-    operation("reading", reader="reader", reading=1, channel=channel, after=0, view="final")
-
-
-def read(client: Any, message: Message) -> None:
+def read(message: Message) -> None:
     facts = {"channel": message.channel, "kind": message.kind, "value": message.body}
-    operation("read", reader="reader", reading=1, **facts, **stored(message))
+    operation("read", **READER, **facts, **stored(message))
 
 
 # ------------------------------------------------------------------------------------------------ the test's side
