@@ -50,7 +50,7 @@ def plan_of(id: str, seed: int) -> dict[str, Any]:
     """What the run of this id is to do; the same whoever asks."""
     chance = random.Random(f"{seed}/{id}")
     kinds = [
-        "say", "say", "say_slowly", "carry_on", "write", "session", "receive", "take", "interrupt", "sleep", "announce",
+        "say", "stream", "say_slowly", "carry_on", "write", "session", "receive", "take", "interrupt", "sleep", "announce",
         "child", "parallel", "thread",
     ]  # fmt: skip
     count = chance.randint(3, 7)
@@ -126,7 +126,7 @@ async def _say(run: pgchan.Run, step: str, seconds: float, words: int, *, keeps:
     if keeps:
         speaker.keep()
     for _ in range(words):
-        await speaker.say(wait=random.random() < 0.4)
+        await speaker.say(wait=words < 10 and random.random() < 0.4)
         await asyncio.sleep(seconds / words)
     if random.random() < FAILURE:
         raise Stumble(step)
@@ -175,6 +175,8 @@ class _Actor:
         match do:
             case "say":
                 await self.step(name, _say, run, name, seconds / 4, 3)
+            case "stream":  # as tokens come: when it is frozen, the next one is due at once
+                await self.step(name, _say, run, name, 0.5 + seconds, 25)
             case "say_slowly":
                 await self.step(name, _say, run, name, seconds * 4, 6)
             case "carry_on":

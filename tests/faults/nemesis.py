@@ -191,7 +191,7 @@ class World:
             if not connection.execute("select from pg_roles where rolname = 'forgetful'").fetchall():
                 connection.execute("create role forgetful superuser login")
                 connection.execute("alter role forgetful set synchronous_commit = off")
-        upgrade = [sys.executable, "-m", "pgchan.cli", "migrate"]
+        upgrade = [sys.executable, "-P", "-m", "pgchan.cli", "migrate"]  # -P: not what lies in the current directory
         subprocess.run(upgrade, env=self.environment | {"PGCHAN_DSN": self.dsn}, check=True, capture_output=True)
         with psycopg.connect(self.dsn, autocommit=True) as connection:
             connection.execute(ROWS)
