@@ -50,8 +50,8 @@ def plan_of(id: str, seed: int) -> dict[str, Any]:
     """What the run of this id is to do; the same whoever asks."""
     chance = random.Random(f"{seed}/{id}")
     kinds = [
-        "say", "stream", "say_slowly", "carry_on", "write", "session", "receive", "take", "interrupt", "sleep", "announce",
-        "child", "parallel", "thread",
+        "say", "stream", "say_slowly", "carry_on", "write", "session", "receive", "take", "interrupt", "sleep",
+        "announce", "child", "parallel", "thread",
     ]  # fmt: skip
     count = chance.randint(3, 7)
     actions = [{"do": chance.choice(kinds), "seconds": round(chance.uniform(0, 0.6), 3)} for _ in range(count)]
