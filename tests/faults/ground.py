@@ -203,5 +203,6 @@ def prepare(dsn: str) -> None:
     """Make the tables of the package that is imported, and those of the scenarios."""
     schema = Path(pgchan.__file__).with_name("schema.sql").read_text("utf-8")
     with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("set synchronous_commit = on")
         connection.execute(schema.encode())
         connection.execute(ROWS.encode())
