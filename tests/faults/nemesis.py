@@ -42,6 +42,7 @@ RUN_TASKS = 6  # runs that a caller has under way at a time
 READY_SECONDS = 30.0
 END_SECONDS = 30.0  # after the faults, for all runs to end
 PROBE_SECONDS = 3.0  # for idle readers to be given one message
+SETTLED_SECONDS = 20.0  # a process that is younger is no measure of memory
 EXIT_SECONDS = 20.0  # for an actor to end after SIGTERM; a worker drains for 10 s at most
 TAKEOVER_SLACK_SECONDS = 8.0  # beyond what the promise says, on a machine that does other things too
 SILENT = """
@@ -273,7 +274,10 @@ class World:
             await actor.exited(END_SECONDS + EXIT_SECONDS)
         with suppress(TimeoutError):  # the checker tells which runs
             await self.until(self._all_ended, END_SECONDS, "all runs to end")
-        await self._probe()
+        await self._probe("with a wakeup")
+        await self.speak(False)
+        await self._probe("without")
+        await self.speak(True)
         for actor in self.actors:
             actor.alive  # noqa: B018 - tells if one has ended by itself
         self._count_children()
@@ -303,12 +307,12 @@ class World:
     def _all_ended(self) -> bool:
         return self._query("select from pgchan.runs where state <> all (%s) limit 1", ([*ENDED],)) == []
 
-    async def _probe(self) -> None:
+    async def _probe(self, how: str) -> None:
         """Say something to readers that have had nothing for a while."""
         await asyncio.sleep(1.0)
         async with pgchan.AsyncClient(self.dsn, name="nemesis") as client:
             for channel in CHANNELS:
-                value = f"probe {channel}"
+                value = f"probe {channel} {how}"
                 facts = {"channel": channel, "value": value, "probe": True}
                 self.log.write("publish", type="invoke", **facts)
                 message = await client.channel(channel).publish(value)
@@ -328,8 +332,9 @@ class World:
         for actor in self.having("endpoint", "worker"):
             assert actor.process is not None
             pid = actor.process.pid
-            if mark == "before" or pid in only:
-                size = psutil.Process(pid).memory_info().rss
+            process = psutil.Process(pid)
+            if pid in only or (mark == "before" and time.time() - process.create_time() > SETTLED_SECONDS):
+                size = process.memory_info().rss
                 self.log.write("memory", of=f"{actor.name} ({pid})", mark=mark, bytes=size)
                 pids.append(pid)
         return pids
