@@ -41,7 +41,7 @@ RUN_TASKS = 6  # runs that a caller has under way at a time
 
 READY_SECONDS = 30.0
 END_SECONDS = 30.0  # after the faults, for all runs to end
-PROBE_SECONDS = 3.0  # for idle readers to be given one message
+PROBE_SECONDS = 2.0  # for idle readers to be given one message
 SETTLED_SECONDS = 20.0  # a process that is younger is no measure of memory
 EXIT_SECONDS = 20.0  # for an actor to end after SIGTERM; a worker drains for 10 s at most
 TAKEOVER_SLACK_SECONDS = 8.0  # beyond what the promise says, on a machine that does other things too

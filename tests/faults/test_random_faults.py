@@ -12,7 +12,7 @@ import pytest
 from faults.nemesis import Settings
 from faults.soak import run
 
-SECONDS = 45.0  # of faults
+SECONDS = 40.0  # of faults
 SHORT = Settings(lease=3.0)  # so that a frozen worker is taken over from within a test
 
 
