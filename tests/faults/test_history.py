@@ -1,4 +1,7 @@
-"""The checker can fail: a history in which all is right, and each way of breaking it that it must notice."""
+"""The checker can fail: a history in which all is right, and each way of breaking it that it must notice.
+
+Long, for each way is a function of its own.
+"""
 
 from __future__ import annotations
 
