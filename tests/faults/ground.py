@@ -181,6 +181,7 @@ class Ground:
         alive = [process for process in self.processes if process.process.poll() is None]
         for process in alive:
             process.send(signal.SIGTERM)
+            process.send(signal.SIGCONT)  # a scenario may have ended early
         for process in alive:
             try:
                 code = await process.exits()

@@ -76,6 +76,7 @@ def test_every_scenario_has_a_mutant_and_every_mutant_a_scenario() -> None:
     assert {head(patch)["scenario"] for patch in MUTANTS} == set(SCENARIOS)
 
 
+@pytest.mark.timeout(3 * SECONDS_MAX)  # it plays twice
 @pytest.mark.parametrize("patch", MUTANTS, ids=lambda patch: patch.stem)
 def test_a_mutant_is_caught(patch: Path, tmp_path: Path, make_database: Callable[[str], str]) -> None:
     scenario = head(patch)["scenario"]
