@@ -74,6 +74,7 @@ class Story:
         self.log(m, "r", "reading", reader=reader, reading=reading, channel="chat", after=after, **facts)
 
     def _tell(self) -> None:
+        """What happened, in order of time. Long, for it is one story."""
         # A channel: two acknowledged, one unknown and there, one refused and not; then trimmed to 1, then a probe.
         self.publish(1, 1, "one")
         self.publish(2, 2, "two", key="k")
