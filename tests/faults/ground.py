@@ -19,7 +19,8 @@ from faults.programs import Process, stored
 import pgchan
 
 SHORT = {"lease": 2.0, "takeover_grace": 0.3}
-LONG = {"lease": 10.0, "takeover_grace": 3.0}  # where nobody may take over: on a busy machine a server is away for long
+# Where nobody may take over: on a busy machine a server is away for seconds.
+LONG = {"lease": 30.0, "takeover_grace": 10.0}
 
 OTHERS = """
     select application_name from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()
@@ -49,6 +50,7 @@ class Ground:
         self.client = pgchan.AsyncClient(dsn, name="test", timeout=10.0)
         self.processes: list[Process] = []
         self.found: list[Violation] = []
+        self._following: list[asyncio.Task[None]] = []
         self._readings = 0
 
     # -- processes
@@ -148,7 +150,8 @@ class Ground:
 
     def follow(self, channel: str = "r") -> asyncio.Task[None]:
         """Read a channel from now on, whatever happens; ends with the channel."""
-        return asyncio.create_task(self._follow(channel))
+        self._following.append(asyncio.create_task(self._follow(channel)))
+        return self._following[-1]
 
     async def _follow(self, channel: str) -> None:
         where = {"reader": "test", "reading": 1, "channel": channel}
@@ -194,7 +197,12 @@ class Ground:
             self.blame("L4", "nothing_is_left", f"connections are left: {query(self.dsn, OTHERS)}")
         return [*self.found, *check(self.operations, Tables.read(self.dsn))]
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        """Leave nothing behind, also after a failure."""
+        for task in self._following:
+            task.cancel()
+        await asyncio.gather(*self._following, return_exceptions=True)
+        await self.client.close()
         for process in self.processes:
             process.close()
         self.log.close()

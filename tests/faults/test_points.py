@@ -62,21 +62,26 @@ def crashing() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-async def ground(request: pytest.FixtureRequest, tmp_path: Path, fault: str) -> AsyncIterator[Ground]:
+async def ground(request: pytest.FixtureRequest, tmp_path: Path, fault: str, case: str) -> AsyncIterator[Ground]:
     cluster: Cluster | None = None
+    name = f"restart_{next(numbers)}"
     if fault == "restart":
         cluster = request.getfixturevalue("crashing")
         assert cluster is not None
-        name = f"restart_{next(numbers)}"
         query(cluster.dsn, f'create database "{name}"')
         dsn = on_database(cluster.dsn, name)
         migrate.upgrade(dsn)
     else:
         dsn = request.getfixturevalue("dsn")
     query(dsn, ROWS)
-    ground = Ground(dsn, tmp_path, cluster=cluster, **(LONG if fault in ("cut", "restart") else SHORT))
+    patience = LONG if fault in ("cut", "restart") else SHORT
+    if patience is LONG and case == "watch_granted":
+        patience = LONG | {"takeover_grace": 2.0}  # a worker was killed before, whose death is waited for
+    ground = Ground(dsn, tmp_path, cluster=cluster, **patience)
     yield ground
-    ground.close()
+    await ground.close()
+    if cluster is not None:
+        query(cluster.dsn, f'drop database "{name}"')  # a server recovers faster that has fewer files
 
 
 async def stopped_at(case: str, ground: Ground) -> Process:
@@ -142,12 +147,15 @@ async def strike(fault: str, ground: Ground, first: Process) -> None:
         ground.kill(first)
         return
     ground.fault(fault, first)
+    began = time.monotonic()
     if fault == "cut":
         assert first.cut() >= 2
     else:
         assert ground.cluster is not None
         ground.cluster.restart("immediate")  # in this thread, whose end would be the server's
-    ground.fault(fault, first, "end")
+    long = time.monotonic() - began > ground.patience["takeover_grace"]
+    ground.fault(fault, first, "end", long=long)
+    assert not long or "victim" in [process.name for process in ground.processes], "the server was away for too long"
     first.order("go")
 
 
