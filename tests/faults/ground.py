@@ -178,13 +178,17 @@ class Ground:
         return found.workers == sorted(found.locks) == sorted(alive)
 
     async def end(self) -> list[Violation]:
-        """End everything in good order; what is wrong with this history."""
+        """End everything in good order, or at once if something is wrong already; what is wrong with this history."""
+        if not self.found:
+            await self._end_in_good_order()
+        return [*self.found, *check(self.operations, Tables.read(self.dsn))]
+
+    async def _end_in_good_order(self) -> None:
         await wait_until(self.is_settled, 5.0)
         await self.client.close()
         alive = [process for process in self.processes if process.process.poll() is None]
         for process in alive:
             process.send(signal.SIGTERM)
-            process.send(signal.SIGCONT)  # a scenario may have ended early
         for process in alive:
             try:
                 code = await process.exits()
@@ -195,7 +199,6 @@ class Ground:
                 process.close()
         if not await wait_until(lambda: not query(self.dsn, OTHERS), 5.0):
             self.blame("L4", "nothing_is_left", f"connections are left: {query(self.dsn, OTHERS)}")
-        return [*self.found, *check(self.operations, Tables.read(self.dsn))]
 
     async def close(self) -> None:
         """Leave nothing behind, also after a failure."""
