@@ -8,11 +8,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: help demo test versions lint check bench freeze clean
+.PHONY: help demo test faults soak fuzz versions lint check bench freeze clean
 
 help:
 	@sed -n 's/^# \{0,1\}//; /^SHELL/q; p' Makefile
-	@echo "  make lint · make versions · make check ARGS='tests/test_cli.py -k tail' · make bench · make freeze · make clean"
+	@echo "  make faults · make soak MINUTES=60 SEED=7 · make fuzz · make versions · make lint · make check ARGS='tests/test_cli.py -k tail' · make bench · make freeze · make clean"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "pgchan needs Python 3.11 or newer; say which one with PYTHON=python3.12" >&2; exit 1; }
@@ -32,7 +32,22 @@ lint: $(VENV)/.installed-dev
 
 # pytest comes last: its closing line is the last line that is printed.
 test: lint
-	$(BIN)/pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup --ignore tests/faults $(ARGS)
+
+# What breaks: faults of servers, networks and processes, each at its named point; mutants; random faults last and
+# alone, for other tests would take their time.
+faults: $(VENV)/.installed-dev
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup tests/faults --ignore tests/faults/test_random_faults.py $(ARGS)
+	$(BIN)/pytest tests/faults/test_random_faults.py $(ARGS)
+
+MINUTES ?= 60
+SEED ?=
+soak: $(VENV)/.installed-dev
+	$(BIN)/python tests/faults/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+# What reads bytes from outside, for as long as it is told: make fuzz ARGS='--seconds 600 --seed 3'
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python tests/fuzzing.py $(ARGS)
 
 # PostgreSQL 14 to 18, and 13, which must be refused. VERSIONS="14 15": only these. ARGS=--near: what depends on it.
 versions: $(VENV)/.installed-dev

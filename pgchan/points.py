@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-# All of them, in the order in which a run meets them; the last two are met by no run.
+# All of them, in the order in which a run meets them; the last three are met by no run.
 NAMES = (
     "claim_sent",  # the claim is on its way, its answer not read
     "claimed",  # the answer is read; the runs' tasks have not begun
@@ -18,6 +18,7 @@ NAMES = (
     "finish_sent",  # the run's end is on its way, the answer not read
     "listening",  # LISTEN is done, and nothing read since
     "watch_granted",  # the lock of another worker is held: it is dead, or cut off; it is not reaped
+    "upkept",  # one batch of the upkeep is done
 )
 
 reached: Callable[[str], None] | None = None

@@ -3,7 +3,8 @@
 Run as a program this file is such a worker. It tells what happens in lines of JSON on its output, each with the time
 (CLOCK_MONOTONIC, one clock for all processes), and takes orders on its input: "at NAME" lets it stop when it comes to
 this point, "at NAME#2" the second time from now; "go" lets it go on from there; "open NAME" opens a gate at which a
-step waits; "clock SECONDS" moves its wall clock. `Process` is the other end.
+step waits; "clock SECONDS" moves its wall clock. `Process` is the other end. Long, for it holds all
+workflows that a worker process may have to execute.
 """
 
 from __future__ import annotations
