@@ -39,7 +39,7 @@ from pgchan.sync import Channel, ChannelTail, Client, RunHandle
 from pgchan.worker import Worker
 from pgchan.workflows import Step, Workflow, step, workflow
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AsyncChannel",

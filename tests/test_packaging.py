@@ -170,4 +170,4 @@ def test_alembic_migrates_a_database_from_an_applications_ini(installed: Path, t
 
 
 def test_the_version_is_the_packages(installed: Path, outside: Path) -> None:
-    assert run(installed / "pgchan", "--version", cwd=outside) == "0.1.0\n"
+    assert run(installed / "pgchan", "--version", cwd=outside) == "0.2.0\n"
