@@ -32,7 +32,7 @@ LOCK = "select pg_advisory_xact_lock(1885823848, 0)"
 CREATE_SCHEMA = "create schema if not exists pgchan"
 DROP_VERSION_TABLE = "drop table if exists pgchan.alembic_version"
 # A migrator waits this long, for another one or for a table in use, then gives up; nothing has changed then.
-LIMIT_WAITING = "set lock_timeout = '60s'"
+LIMIT_WAITING = "set local lock_timeout = '60s'"  # of a session it would stay in a pooler, for others
 HOLDS_DATA = "select exists (select from pgchan.channels)"
 # Tables of others may have been put into the schema: then it stays, and so do they.
 DROP_SCHEMA = """do $$ begin

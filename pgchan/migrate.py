@@ -20,7 +20,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from psycopg.conninfo import conninfo_to_dict
-from sqlalchemy import Connection, StaticPool, create_engine, text
+from sqlalchemy import Connection, StaticPool, create_engine, event, text
 from sqlalchemy.exc import DBAPIError
 
 from pgchan import db, migrations, sql
@@ -121,8 +121,7 @@ def connect(dsn: str | None) -> Iterator[Connection]:
     engine = create_engine("postgresql+psycopg://", creator=lambda: connection, poolclass=StaticPool)
     connection.add_notice_handler(_report)
     try:
-        connection.execute(migrations.LIMIT_WAITING)
-        connection.commit()
+        event.listen(engine, "begin", lambda begun: begun.exec_driver_sql(migrations.LIMIT_WAITING))
         with engine.connect() as wrapped:
             yield wrapped
     finally:

@@ -34,6 +34,12 @@ for _variable in [name for name in os.environ if name.startswith("PG") and not n
     del os.environ[_variable]
 os.environ.pop("DATABASE_URL", None)
 
+# What whoever uses psycopg behind a transaction pooler must say to each connection. Here it is said for those of the
+# tests; pgchan says it for its own.
+if os.environ.get("PGCHAN_TEST_POOLER"):
+    for _kind in (psycopg.Connection, psycopg.AsyncConnection):
+        _kind.connect.__kwdefaults__["prepare_threshold"] = None  # type: ignore[index]
+
 TEMPLATE_LOCK = 1885823848
 POLL_SECONDS = 0.01
 
