@@ -37,6 +37,7 @@ PING_SECONDS = 3.0  # how often the listener hears itself; it reconnects when it
 HEAR_SECONDS = 5.0  # for the first NOTIFY to arrive; what is silent for longer hears nothing
 KNOWN_MAX = 100_000  # channels whose id and type are remembered
 
+NO_LOGIN = ("no such", "does not exist", "password")  # what PgBouncer says, whose one SQLSTATE is that for everything
 GIVEN_UP = frozenset({"25006", "57P01", "57P02", "57P05"})  # read-only, and three ways in which a server says farewell
 
 SENT = {sql.CLAIM: "claim_sent", sql.FINISH: "finish_sent"}  # points, by the statement that is on its way
@@ -140,6 +141,8 @@ class AsyncpgDb:
         self._server_version, self._database = row[0], row[8]
         # A pooler invents the backend pid that it tells its clients.
         self._pooled = self._pooled or connection.get_server_pid() != row[6]
+        if self._pooled:
+            db.check_inherited(await connection.fetch(sql.INHERITED), row[9])
         db.check_version(await connection.fetchrow(sql.VERSION))
 
     async def look_back(self, connection: Connection) -> None:
@@ -885,6 +888,8 @@ def translate(error: BaseException, *, writing: bool) -> errors.Error:
     """The error of the tree for an error of asyncpg or of the network."""
     if isinstance(error, errors.Error):
         return error
+    if isinstance(error, asyncpg.ProtocolViolationError) and any(words in str(error) for words in NO_LOGIN):
+        return errors.UnsafeDeployment(db.LOGIN)
     if isinstance(error, asyncpg.PostgresError):
         return db.translate(
             error.sqlstate, getattr(error, "message", None) or str(error), getattr(error, "hint", None), writing=writing

@@ -191,6 +191,7 @@ CONTROL_POOLER = (
 )
 
 
+LOGIN = "the server refused this user, password or database; check the DSN"
 LOCKED = "the channel is locked by a transaction that is still open; nothing was written"
 
 
@@ -248,6 +249,15 @@ def check_deployment(row: Row, what: str = "the DSN") -> None:
     if not migrated:
         raise errors.SchemaMismatch(
             f"database {database!r} has no pgchan schema; run: pgchan migrate", found=None, wanted=SCHEMA_VERSION
+        )
+
+
+def check_inherited(rows: Sequence[Row], user: str) -> None:
+    """Refuse a role whose settings would break something where a pooler passes them on. rows: sql.INHERITED."""
+    for name, value, wanted in rows:
+        raise errors.UnsafeDeployment(
+            f"{name}={value} reaches pgchan through the pooler, which does not let it choose its own; "
+            f"run: alter role {user} set {name} = '{wanted}'"
         )
 
 
@@ -309,7 +319,7 @@ def translate(sqlstate: str | None, message: str, hint: str | None, *, writing: 
             "or see: pgchan doctor"
         )
     if sqlstate is not None and (sqlstate in ("3D000", "28P01") or sqlstate.startswith("28")):
-        return errors.UnsafeDeployment("the server refused this user, password or database; check the DSN")
+        return errors.UnsafeDeployment(LOGIN)
     if sqlstate in ("42883", "42P01", "3F000"):
         return errors.SchemaMismatch("the pgchan schema is not what this code expects; run: pgchan migrate",
                                      found=None, wanted=SCHEMA_VERSION)  # fmt: skip

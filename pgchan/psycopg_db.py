@@ -39,10 +39,10 @@ HEAR_SECONDS = 0.25  # how soon the listening thread sees that the client is clo
 PING_SECONDS = 3.0  # how often the listener hears itself; it reconnects when it missed a ping
 KNOWN_MAX = 100_000  # channels whose id and type are remembered
 
-# What libpq says when a server is there but not ready; the rest of what it calls FATAL will not go away by waiting.
+# What libpq says when a server, or PgBouncer, is there but not ready; the rest that it calls FATAL does not go away.
 _NOT_READY = (
     "starting up", "shutting down", "too many", "connection slots", "not yet accepting", "recovery", "terminating",
-    "canceling",
+    "canceling", "no more connections", "login has been failing", "query_wait_timeout", "server conn",
 )  # fmt: skip
 
 log = logging.getLogger("pgchan")
@@ -151,6 +151,8 @@ class PsycopgDb:
                 db.check_deployment(row)
                 self._server_version, self._database = row[0], row[8]
                 self._pooled = self._pooled or connection.info.backend_pid != row[6]
+                if self._pooled:
+                    db.check_inherited(connection.execute(sql.INHERITED).fetchall(), row[9])
                 version = connection.execute(sql.VERSION).fetchone()
                 assert version is not None
                 db.check_version(version)
@@ -757,4 +759,4 @@ def _refused(error: psycopg.OperationalError) -> errors.Error:
     timed_out = isinstance(error, psycopg.errors.ConnectionTimeout)
     if timed_out or "FATAL:" not in text or any(words in text for words in _NOT_READY):
         return db.unreachable("timeout" if timed_out else text)
-    return errors.UnsafeDeployment("the server refused this user, password or database; check the DSN")
+    return errors.UnsafeDeployment(db.LOGIN)

@@ -304,6 +304,17 @@ select current_setting('server_version_num')::integer, current_setting('server_e
 """
 # What the schema is, and the oldest code that it serves.
 VERSION = "select pgchan.version(), pgchan.serves()"
+# Settings that come to us through a pooler, which does not let us choose others, and that break something: isolation
+# that fails concurrent appends, time limits of which none fits, nulls and dates that are written in another way.
+INHERITED = """
+select s.name, s.setting || coalesce(s.unit, ''), case s.name when 'DateStyle' then 'ISO' else s.boot_val end
+from pg_settings s
+where s.name = 'default_transaction_isolation' and s.setting <> 'read committed'
+   or case when s.name in ('statement_timeout', 'lock_timeout', 'transaction_timeout')
+           then s.setting::bigint between 1 and 999 end
+   or s.name = 'array_nulls' and s.setting <> 'on' or s.name = 'DateStyle' and s.setting not like 'ISO%'
+order by s.name limit 1
+"""
 # What each of the four roles may do that those before it may not, and whether this session's role may.
 RIGHTS = """
 select g.name, x.what, case x.kind when 'routine' then has_function_privilege(p.oid, 'execute')

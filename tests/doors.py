@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -120,6 +121,11 @@ class Reading:
     async def stop(self) -> None:
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
+
+
+def direct(dsn: str) -> str:
+    """The same database past the pooler of this run, if it has one: for what looks at sessions, or ends them."""
+    return os.environ.get("PGCHAN_CONTROL_DSN", dsn)
 
 
 def query(dsn: str, statement: str, *args: object) -> list[tuple[Any, ...]]:

@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from typing import Any
 
-from doors import Reading, query
+from doors import Reading, direct, query
 
 from pgchan import errors
 
@@ -14,7 +14,7 @@ from pgchan import errors
 def terminate(dsn: str, role: str) -> int:
     """Cut the connections of this role ("writer", "listen", "pool") of all clients; how many there were."""
     found = query(
-        dsn,
+        direct(dsn),
         "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database()"
         " and application_name = %s",
         f"pgchan {role}",

@@ -23,8 +23,8 @@ async def client(dsn: str) -> AsyncIterator[pgchan.AsyncClient]:
 
 
 @pytest.fixture
-async def proxy(dsn: str) -> AsyncIterator[Proxy]:
-    async with Proxy(dsn) as proxy:
+async def proxy(direct_dsn: str) -> AsyncIterator[Proxy]:
+    async with Proxy(direct_dsn) as proxy:  # what it cuts is the server's connection, not that of a pooler
         yield proxy
 
 
@@ -166,7 +166,8 @@ async def test_a_run_whose_database_stays_away_goes_back_and_is_not_failed(
 
         return await run.step(work)
 
-    await workers.start(flow, client=pgchan.AsyncClient(proxy.dsn, timeout=0.3), lease=2.0)
+    cut_off = pgchan.AsyncClient(proxy.dsn, control_dsn=proxy.dsn, timeout=0.3)
+    await workers.start(flow, client=cut_off, lease=2.0)
     handle = await client.start(flow)
     await reached.wait()
     proxy.silence()

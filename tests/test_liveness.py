@@ -185,6 +185,12 @@ class Path:
 
 
 @pytest.fixture
+def dsn(direct_dsn: str) -> str:
+    """What is tested here are sessions; a pooler has its own."""
+    return direct_dsn
+
+
+@pytest.fixture
 def sql(dsn: str) -> Iterator[psycopg.Connection[Any]]:
     with psycopg.connect(dsn, autocommit=True) as connection:
         yield connection

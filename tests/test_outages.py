@@ -16,7 +16,7 @@ from typing import Any
 import psycopg
 import pytest
 from cluster import Cluster, major_version, on_database
-from doors import Door, Reading, pretend, query
+from doors import Door, Reading, direct, pretend, query
 from proxy import Proxy
 from storm import Storm, bodies, terminate
 
@@ -56,7 +56,7 @@ async def test_nothing_is_lost_or_repeated_when_connections_are_cut(
 
 
 async def test_a_connection_that_was_cut_while_idle_costs_no_doubt(door: Door, wait_until: WaitUntil) -> None:
-    client = door.client()
+    client = door.client(direct(door.dsn))  # those of a pooler are not idle for us
     channel = client.channel("idle")
     await channel.publish("before")
     await channel.read()
@@ -348,8 +348,10 @@ async def test_what_every_write_commits_is_durable_whatever_the_database_says(do
 
 
 @pytest.fixture
-def role(admin: psycopg.Connection[Any], dsn: str) -> Any:
-    """A role that may use pgchan in this test's database and nothing else; its DSN."""
+def role(admin: psycopg.Connection[Any], direct_dsn: str) -> Any:
+    """A role that may use pgchan in this test's database and nothing else; its DSN, past any pooler, which would keep
+    connections and settings of the role for longer than the test has them."""
+    dsn = direct_dsn
     name = f"role_{psycopg.conninfo.conninfo_to_dict(dsn)['dbname']}"
     admin.execute(f"create role {name} login".encode())
     query(dsn, f"grant usage on schema pgchan to {name}")

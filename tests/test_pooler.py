@@ -171,3 +171,43 @@ async def test_behind_a_transaction_pooler_a_workflow_in_a_thread_has_its_transa
         worker.stop()
         await task
     assert query(direct_dsn, "select count(*) from rows_of_users") == [(72,)]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "wanted"),
+    [
+        ("default_transaction_isolation", "repeatable read", "read committed"), ("lock_timeout", "50ms", "0"),
+        ("statement_timeout", "200ms", "0"), ("array_nulls", "off", "on"), ("DateStyle", "German, DMY", "ISO"),
+    ],
+)  # fmt: skip
+async def test_settings_of_a_role_that_a_pooler_passes_on_are_refused_with_the_fix(
+    opened: Door, admin: Any, direct_dsn: str, setting: str, value: str, wanted: str
+) -> None:
+    name = f"app_{query(direct_dsn, 'select current_database()')[0][0]}"
+    admin.execute(f"create role {name} login")
+    query(direct_dsn, f"grant usage on schema pgchan to {name}")
+    query(direct_dsn, f"grant execute on all routines in schema pgchan to {name}")
+    query(direct_dsn, f"grant select on all tables in schema pgchan to {name}")
+    pooler = Pooler(direct_dsn, "transaction")
+    try:
+        query(direct_dsn, f"alter role {name} set {setting} = '{value}'")
+        dsn = pooler.dsn_of(direct_dsn).replace("postgres@", f"{name}@")
+        with pytest.raises(errors.UnsafeDeployment, match=f"^{setting}=.* reaches pgchan through the pooler") as caught:
+            await opened.client(dsn).channel("c").publish(1)
+        fix = str(caught.value).partition("run: ")[2]
+        assert fix == f"alter role {name} set {setting} = '{wanted}'"
+        query(direct_dsn, fix)
+        pooler.close()
+        pooler = Pooler(direct_dsn, "transaction")  # the old one goes on with the sessions that it has
+        dsn = pooler.dsn_of(direct_dsn).replace("postgres@", f"{name}@")
+        assert (await opened.client(dsn).channel("c").publish(1)).position == 1
+    finally:
+        pooler.close()
+        query(direct_dsn, f"drop owned by {name}")
+        admin.execute(f"drop role {name}")
+
+
+async def test_a_login_that_the_pooler_refuses_is_told_from_one_that_is_not_ready(pooled: Any, opened: Door) -> None:
+    dsn = pooled("transaction")
+    with pytest.raises(errors.UnsafeDeployment, match="refused this user, password or database"):
+        await opened.client(dsn.replace("postgres@", "nobody_of_this_name@")).channel("c").publish(1)
