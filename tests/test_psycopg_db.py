@@ -77,6 +77,7 @@ def test_an_interrupted_thread_does_not_stop_the_others(client: pgchan.Client, b
     writer = client._db._writer
     main = threading.main_thread().ident
     assert main is not None
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may ignore it
     with ThreadPoolExecutor(5) as threads:
         slow = threads.submit(client.channel("c").publish, "slow")
         block_until(lambda: writer._led and not len(writer._waiting))
@@ -92,6 +93,7 @@ def test_an_interrupted_thread_does_not_stop_the_others(client: pgchan.Client, b
         later = [threads.submit(client.channel("c").publish, n) for n in range(3)]
         assert slow.result(10).position == 2
         assert all(one.result(10).position >= 3 for one in later)
+    signal.signal(signal.SIGINT, before)
     assert not writer._led
 
 

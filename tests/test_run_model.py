@@ -60,11 +60,12 @@ class Session:
 
 
 @pytest.fixture
-def session(dsn: str) -> Iterator[Callable[[], Session]]:
+def session(direct_dsn: str) -> Iterator[Callable[[], Session]]:
+    """Makes sessions, past any pooler: a test waits until one of them waits."""
     made: list[Session] = []
 
     def make() -> Session:
-        made.append(Session(dsn))
+        made.append(Session(direct_dsn))
         return made[-1]
 
     yield make
