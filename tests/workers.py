@@ -70,6 +70,27 @@ async def talk(run: pgchan.Run) -> int:
     return said
 
 
+async def answer(run: pgchan.Run) -> str:
+    tell("executed", run.id, "answer")
+    await run.publish("thinking", wait=False)
+    question = await run.receive()
+    assert question is not None
+    await run.publish(f"answer to {question.body}")
+    return str(question.body)
+
+
+@pgchan.workflow
+async def everything(run: pgchan.Run) -> list[str]:
+    """Output, a signal in the workflow and one in a step: what must be right whatever happens in between."""
+    await run.publish("begin")
+    first = await run.receive()
+    assert first is not None
+    await run.step(count, run, "middle", name="middle")
+    second = await run.step(answer, run)
+    await run.publish("end", wait=False)
+    return [str(first.body), second]
+
+
 @pgchan.workflow
 async def reserve(run: pgchan.Run) -> None:
     """Rows of the user's own, in a transaction that waits at the gate "reserve"."""
@@ -182,7 +203,7 @@ async def greedy(run: pgchan.Run, size: int) -> int:
     return await run.step(take)
 
 
-WORKFLOWS: list[Any] = [talk, reserve, receive, ping, endless, blocks, stubborn, nap, hogs, greedy]
+WORKFLOWS: list[Any] = [talk, everything, reserve, receive, ping, endless, blocks, stubborn, nap, hogs, greedy]
 
 
 def obey(loop: asyncio.AbstractEventLoop | None = None) -> None:
