@@ -398,6 +398,8 @@ class Workers:
         started = asyncio.create_task(worker.wait_started())
         await asyncio.wait({task, started}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
+            started.cancel()
+            await client.close()
             task.result()
         self._all.append((client, worker, task))
         return worker
