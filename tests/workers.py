@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import psycopg
+from doors import direct
 
 import pgchan
 from pgchan import points
@@ -341,7 +342,7 @@ class Process:
         worker = self.told("started")[0][2] if self.told("started") else 0
         names = [f"{self.name} {role}" for role in roles or ("writer", "pool", "listen")]
         names += [f"pgchan {role} {worker}" for role in roles or ("lock", "watch") if role in ("lock", "watch")]
-        with psycopg.connect(self.dsn, autocommit=True) as connection:
+        with psycopg.connect(direct(self.dsn), autocommit=True) as connection:
             found = connection.execute(
                 "select pg_terminate_backend(pid) from pg_stat_activity where application_name = any (%s)", [names]
             )
