@@ -6,6 +6,7 @@ lies in the system's temporary directory, which everybody may enter, and is remo
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -18,7 +19,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +232,27 @@ def _reachable(package: Path) -> Path:
 
 def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
+
+
+# A NOTIFY queue that can be filled. Before PostgreSQL 17 it has 8 GB, whatever one says; there `full_queue` lets the
+# server only say that it is full.
+SMALL_QUEUE = {"max_notify_queue_pages": "64"} if major_version() >= 17 else {}
+SAYS = "create or replace function pg_catalog.pg_notification_queue_usage() returns double precision language "
+
+
+@contextlib.contextmanager
+def full_queue(dsn: str) -> Iterator[int]:
+    """More than half of the NOTIFY queue is full within, of a server with SMALL_QUEUE; the session that keeps it so."""
+    with psycopg.connect(dsn) as stuck, psycopg.connect(dsn, autocommit=True) as other:
+        stuck.execute("listen something")
+        stuck.commit()
+        stuck.execute("select 1")  # a transaction that stays open keeps the queue from being cut
+        if not SMALL_QUEUE:
+            other.execute(f"{SAYS} sql volatile as 'select 0.7::double precision'".encode())
+        while other.execute("select pg_notification_queue_usage() < 0.6").fetchone() == (True,):
+            other.execute("select pg_notify('filler', n || repeat('x', 7000)) from generate_series(1, 20) n")
+        try:
+            yield stuck.info.backend_pid
+        finally:
+            if not SMALL_QUEUE:
+                other.execute(f"{SAYS} internal volatile as 'pg_notification_queue_usage'".encode())

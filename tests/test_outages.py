@@ -15,7 +15,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from cluster import Cluster, major_version, on_database
+from cluster import SMALL_QUEUE, Cluster, full_queue, on_database
 from doors import Door, Reading, direct, pretend, query
 from proxy import Proxy
 from storm import Storm, bodies, terminate
@@ -217,28 +217,13 @@ async def test_invented_wakeups_cost_few_reads_and_do_no_harm(
     await unborn.has(1, 0.8)
 
 
-# Before PostgreSQL 17 the queue has 8 GB, whatever one says; there the server only says that it is full.
-IS_SMALL = major_version() >= 17
-SAYS_FULL = """
-    create or replace function pg_catalog.pg_notification_queue_usage() returns double precision
-    language sql as 'select 0.7::double precision'
-"""
-
-
-@pytest.mark.parametrize("server", [{"max_notify_queue_pages": "64"} if IS_SMALL else {}], indirect=True)
+@pytest.mark.parametrize("server", [SMALL_QUEUE], indirect=True)
 async def test_a_full_notify_queue_fails_no_publish(own: Door, reading: Callable[[Any], Reading]) -> None:
     client = own.client()
     reader = reading(client.channel("c").tail())
     await client.channel("c").publish(0)
     await reader.has(1)
-    with psycopg.connect(own.dsn) as stuck, psycopg.connect(own.dsn, autocommit=True) as other:
-        stuck.execute("listen something")
-        stuck.commit()
-        stuck.execute("select 1")  # a transaction that stays open keeps the queue from being cut
-        if not IS_SMALL:
-            other.execute(SAYS_FULL)
-        while other.execute("select pg_notification_queue_usage() < 0.6").fetchone() == (True,):
-            other.execute("select pg_notify('filler', n || repeat('x', 7000)) from generate_series(1, 20) n")
+    with full_queue(own.dsn):
         for n in range(1, 30):
             await client.channel("c").publish(n)
         await client.channel("c").publish_many([30])

@@ -18,7 +18,7 @@ from typing import Any
 import psycopg
 import pytest
 from clocks import Clock
-from cluster import Cluster
+from cluster import SMALL_QUEUE, Cluster, full_queue
 from disks import Disk
 from doors import Door, Reading, query
 from storm import Storm, bodies
@@ -249,19 +249,13 @@ async def test_a_full_wal_disk_stops_the_server_and_loses_nothing(
 # ------------------------------------------------------------------------------------------------ the NOTIFY queue
 
 
-@pytest.mark.parametrize("server", [{"max_notify_queue_pages": "64"}], indirect=True)
+@pytest.mark.parametrize("server", [SMALL_QUEUE], indirect=True)
 async def test_a_full_notify_queue_delays_runs_by_a_sweep_and_its_culprit_is_named(
     server: Cluster, processes: Processes
 ) -> None:
     worker = await processes.start("worker")
     async with pgchan.AsyncClient(server.dsn) as client:
-        with psycopg.connect(server.dsn) as stuck:
-            stuck.execute("listen something")
-            stuck.commit()
-            stuck.execute("select 1")  # a transaction that stays open keeps the queue from being cut
-            with psycopg.connect(server.dsn, autocommit=True) as other:
-                while other.execute("select pg_notification_queue_usage() < 0.6").fetchone() == (True,):
-                    other.execute("select pg_notify('filler', n || repeat('x', 7000)) from generate_series(1, 20) n")
+        with full_queue(server.dsn) as culprit:
             took = []
             for n in range(3):
                 began = time.monotonic()
@@ -276,7 +270,7 @@ async def test_a_full_notify_queue_delays_runs_by_a_sweep_and_its_culprit_is_nam
             assert max(took) < 1.0 + 2.0  # the sweep, and what a busy machine adds
             (finding,) = [f for f in await doctor.check(server.dsn) if f.check == "queue of notifies"]
             assert not finding.is_fine
-            assert f"session {stuck.info.backend_pid} " in finding.detail
+            assert f"session {culprit} " in finding.detail
         await client.channel("c").publish("asks for the usage, which cuts the queue")
         (finding,) = [f for f in await doctor.check(server.dsn) if f.check == "queue of notifies"]
         assert finding.is_fine, finding
