@@ -73,6 +73,12 @@ class Spoofer:
 
 
 @pytest.fixture
+def dsn(direct_dsn: str) -> str:
+    """Strangers hold locks and LISTEN; behind a pooler that would be anybody's."""
+    return direct_dsn
+
+
+@pytest.fixture
 def logins(admin: psycopg.Connection[Any], dsn: str) -> Iterator[Logins]:
     logins = Logins(admin, dsn)
     yield logins
