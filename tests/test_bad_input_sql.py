@@ -191,7 +191,10 @@ def test_a_read_only_transaction_is_25006(shared: str, call: str) -> None:
 
 
 @pytest.mark.parametrize("end", ["statement_timeout", "pg_cancel_backend"])
-def test_a_call_that_is_ended_as_it_waits_stores_nothing(dsn: str, end: str, block_until: Callable[..., None]) -> None:
+def test_a_call_that_is_ended_as_it_waits_stores_nothing(
+    direct_dsn: str, end: str, block_until: Callable[..., None]
+) -> None:
+    dsn = direct_dsn  # it waits for a session, and cancels it, by its pid
     query(dsn, "select pgchan.publish('chat', '1')")
     before = rows(dsn)
     with psycopg.connect(dsn) as holder, psycopg.connect(dsn) as waiter, psycopg.connect(dsn, autocommit=True) as other:

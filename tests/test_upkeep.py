@@ -359,7 +359,8 @@ async def test_what_must_stay_does_not_keep_the_upkeep_from_the_rest(client: Any
 # ------------------------------------------------------------------------------------------------ one at a time
 
 
-def test_of_two_at_once_one_goes_on_with_its_work(dsn: str) -> None:
+def test_of_two_at_once_one_goes_on_with_its_work(direct_dsn: str) -> None:
+    dsn = direct_dsn  # it ends a session, by its pid
     fill(dsn, "c", 10)
     query(dsn, "select pgchan.set_channel_retention('c', 1, null)")
     first = psycopg.connect(dsn)
