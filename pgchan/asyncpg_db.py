@@ -662,17 +662,19 @@ class Listener:
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._sweep_due = False
+        self._starting = asyncio.Lock()
         self._listening = asyncio.Event()
         self._ping_name = f"pgchan_ping_{uuid.uuid4().hex[:16]}"
         self._ping_heard = True
 
     async def start(self) -> None:
         """Listen; returns when it does. Raises UnsafeDeployment behind a transaction pooler."""
-        if self._task is None:
-            await self._db.check_control()
-        if self._task is None:
-            self.state = "connecting"
-            self._task = asyncio.create_task(self._run(), name="pgchan listener")
+        async with self._starting:  # one check, however many readers come at once
+            if self._task is None:
+                await self._db.check_control()
+                self.check_open()
+                self.state = "connecting"
+                self._task = asyncio.create_task(self._run(), name="pgchan listener")
         await self._listening.wait()
         self.check_open()
 

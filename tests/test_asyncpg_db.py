@@ -216,6 +216,23 @@ async def test_a_client_leaves_no_task_and_no_connection_behind(direct_dsn: str,
     await wait_until(lambda: not query(dsn, "select 1 from pg_stat_activity where application_name like 'pgchan %'"))
 
 
+async def test_many_first_readers_cost_one_check_and_one_listening_connection(
+    direct_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roles: list[str] = []
+    connect = asyncpg_db.AsyncpgDb.connect
+
+    async def counted(self: asyncpg_db.AsyncpgDb, role: str, *, direct: bool = False) -> asyncpg_db.Connection:
+        roles.append(role)
+        return await connect(self, role, direct=direct)
+
+    monkeypatch.setattr(asyncpg_db.AsyncpgDb, "connect", counted)
+    async with pgchan.AsyncClient(direct_dsn) as client:
+        tails = [client.channel(f"c/{number}").tail() for number in range(200)]
+        await asyncio.gather(*(tail.next_page(0) for tail in tails))
+    assert (roles.count("probe"), roles.count("listen")) == (1, 1)
+
+
 async def test_what_waits_in_memory_is_bounded(
     client: pgchan.AsyncClient, monkeypatch: pytest.MonkeyPatch, wait_until: WaitUntil
 ) -> None:
