@@ -25,10 +25,11 @@ import asyncpg
 
 from pgchan import db, errors, points, sql
 from pgchan.db import Entry, Known, Outcome, Row
+from pgchan.groups import Arguments, Group
 from pgchan.names import POSITION_MAX
 from pgchan.points import point, point_soon
 from pgchan.wakeups import LISTEN_NAMES, SWEEP_SECONDS, Followed, Hub, Pace, Watch
-from pgchan.writer import Batch, Queued, Settle, Waiting
+from pgchan.writer import LOCK_WAIT_MS, Batch, Queued, Settle, Waiting
 
 CONNECT_SECONDS = 5.0  # for one try
 CALL_SECONDS = 35.0  # longer than statement_timeout: past it the connection is given up
@@ -40,7 +41,10 @@ KNOWN_MAX = 100_000  # channels whose id and type are remembered
 NO_LOGIN = ("no such", "does not exist", "password")  # what PgBouncer says, whose one SQLSTATE is that for everything
 GIVEN_UP = frozenset({"25006", "57P01", "57P02", "57P05"})  # read-only, and three ways in which a server says farewell
 
-SENT = {sql.CLAIM: "claim_sent", sql.FINISH: "finish_sent"}  # points, by the statement that is on its way
+# Points, by the statement that is on its way.
+SENT = {sql.CLAIM: "claim_sent", sql.FINISH: "finish_sent", sql.FINISH_MANY: "finish_sent"}
+# Calls that go together when several are made at a time.
+TOGETHER = {sql.ENQUEUE: sql.ENQUEUE_MANY, sql.FINISH: sql.FINISH_MANY}
 
 log = logging.getLogger("pgchan")
 
@@ -72,6 +76,10 @@ class AsyncpgDb:
         self.stats: dict[str, int] = {"reads": 0, "writes": 0, "entries": 0, "pages": 0}
         self.writer = Writer(self)
         self.listener = Listener(self)
+        self._groups = {
+            statement: Group(partial(self._call, statement), partial(self._call_many, many))
+            for statement, many in TOGETHER.items()
+        }
 
     @property
     def patience(self) -> float:
@@ -212,6 +220,8 @@ class AsyncpgDb:
     async def close(self) -> None:
         """Send what waits, then end tasks and connections."""
         await self.writer.close()
+        for group in self._groups.values():
+            await group.close()
         if self._announcing:
             await asyncio.wait(self._announcing, timeout=CONNECT_SECONDS)
         for task in self._announcing:
@@ -248,8 +258,17 @@ class AsyncpgDb:
 
     async def call(self, statement: str, *args: object) -> Row:
         """See Db."""
+        group = self._groups.get(statement)
+        return await (self._call(statement, *args) if group is None else group.call(*args))
+
+    async def _call(self, statement: str, *args: object) -> Row:
         rows: list[Row] = await self._persist(partial(self._run, statement, args), writing=True)
         return rows[0]
+
+    async def _call_many(self, statement: str, calls: list[Arguments]) -> list[str]:
+        words: list[str]
+        (words,) = await self._call(statement, *map(list, zip(*calls, strict=True)), LOCK_WAIT_MS)
+        return words
 
     async def fetch_claims(self, statement: str, *args: object) -> list[Row]:
         """Run a statement that writes and returns any number of rows; see call."""

@@ -342,7 +342,8 @@ def translate(sqlstate: str | None, message: str, hint: str | None, *, writing: 
 _ROLES: dict[str, frozenset[str]] = {
     "pgchan_publisher": frozenset({
         "publish", "start", "signal", "cancel", "append_messages", "write_messages", "find_channel", "create_channel",
-        "close_channel", "enqueue", "call_enqueue", "deliver", "call_deliver", "wake",
+        "close_channel", "enqueue", "call_enqueue", "try_enqueue_many", "call_enqueue_many", "deliver",
+        "call_deliver", "wake",
     }),
     "pgchan_subscriber": frozenset({
         "read", "status", "as_json", "ping", "take_probe", "free_probe", "channels", "messages", "runs", "workers",

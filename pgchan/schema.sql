@@ -899,46 +899,59 @@ end $$;
 
 -- ------------------------------------------------------------------------------------------------ runs
 
--- Start a run: idempotent by id. Outcomes: started · existed (same workflow, same input) · conflict (another) · closed
--- (a channel of this name exists and takes no more messages). The queue that must be woken is null if nothing is ready.
+-- Start runs: idempotent by id. Outcomes: started · existed (same workflow, same input) · conflict (another) · closed (a
+-- channel of this name exists and takes no more messages). ready: the queues that must be woken. Ids are given once each.
+create function pgchan.enqueue_many(
+  runs text[], workflows text[], versions text[], queues text[], priorities integer[], delays double precision[],
+  timeouts double precision[], inputs bytea[], parents bigint[],
+  out outcomes text[], out ready text[])
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+begin
+  perform pgchan.check_name(g.run) from unnest(runs) g (run);
+  perform pgchan.force_durability();
+  insert into pgchan.channels (name) select g.run from unnest(runs) g (run) order by g.run on conflict (name) do nothing;
+  -- The rows stay locked until this commits, so of two concurrent starts the second sees the first one's run.
+  perform from pgchan.channels c where c.name = any (runs) order by c.id for no key update;
+  -- Inputs are compared as bytes first; the other comparison is for a start repeated from a client with another JSON style.
+  select array_agg(
+           case when r.channel_id is null then case when c.closed_at is null then 'started' else 'closed' end
+                when r.workflow = g.workflow
+                     and (r.input = g.input or pgchan.as_json(r.input, 'application/json')
+                                               = pgchan.as_json(g.input, 'application/json')) then 'existed'
+                else 'conflict' end order by g.n)
+    into outcomes
+    from unnest(runs, workflows, inputs) with ordinality g (run, workflow, input, n)
+    join pgchan.channels c on c.name = g.run left join pgchan.runs r on r.channel_id = c.id;
+  with made as materialized (
+    select c.id, c.head, g.*
+    from unnest(runs, workflows, versions, queues, priorities, delays, timeouts, inputs, parents, outcomes)
+      g (run, workflow, version, queue, priority, delay, timeout, input, parent, outcome)
+    join pgchan.channels c on c.name = g.run
+    where g.outcome = 'started'
+  ), journals as (
+    insert into pgchan.channels (name) select 'pgchan:journal:' || m.id from made m order by m.id returning id, name
+  ), inserted as (
+    insert into pgchan.runs (channel_id, journal_id, workflow, version, queue, priority, state, wake_at, speaks_from,
+                             deadline, input, parent)
+      select m.id, j.id, m.workflow, m.version, m.queue, m.priority, 'scheduled',
+             clock_timestamp() + make_interval(secs => m.delay), m.head + 1,
+             clock_timestamp() + make_interval(secs => coalesce(m.delay, 0) + m.timeout), m.input, m.parent
+      from made m join journals j on j.name = 'pgchan:journal:' || m.id
+  )
+  select array_agg(distinct m.queue) into ready from made m where m.delay is null;
+end $$;
+
+-- One of them, as the statements of callers want it. ready is null if nothing must be woken.
 create function pgchan.enqueue(
   run text, workflow text, version text, queue text, priority integer, delay double precision, timeout double precision,
   input bytea, parent bigint,
   out outcome text, out ready text)
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
-#variable_conflict use_variable
-declare
-  channel pgchan.channels;
-  journal bigint;
-  existing pgchan.runs;
-begin
-  perform pgchan.check_name(run);
-  perform pgchan.force_durability();
-  insert into pgchan.channels as c (name) values (run) on conflict on constraint channels_name_key do nothing;
-  -- The row stays locked until this commits, so of two concurrent starts the second sees the first one's run.
-  select c.* into channel from pgchan.channels c where c.name = run for no key update;
-  select r.* into existing from pgchan.runs r where r.channel_id = channel.id;
-  if found then
-    -- As bytes first: the other comparison is for a start repeated from a client with another JSON style.
-    outcome := case when existing.workflow = workflow
-                     and (existing.input = input or pgchan.as_json(existing.input, 'application/json')
-                                                  = pgchan.as_json(input, 'application/json'))
-                    then 'existed' else 'conflict' end;
-    return;
-  end if;
-  if channel.closed_at is not null then
-    outcome := 'closed';
-    return;
-  end if;
-  insert into pgchan.channels as c (name) values ('pgchan:journal:' || channel.id) returning c.id into journal;
-  insert into pgchan.runs (channel_id, journal_id, workflow, version, queue, priority, state, wake_at, speaks_from,
-                           deadline, input, parent)
-    values (channel.id, journal, workflow, version, queue, priority, 'scheduled',
-            clock_timestamp() + make_interval(secs => delay), channel.head + 1,
-            clock_timestamp() + make_interval(secs => coalesce(delay, 0) + timeout), input, parent);
-  outcome := 'started';
-  ready := case when delay is null then queue end;
-end $$;
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  select e.outcomes[1], e.ready[1]
+  from pgchan.enqueue_many(array[run], array[workflow], array[version], array[queue], array[priority], array[delay],
+                           array[timeout], array[input], array[parent]) e
+$$;
 
 -- `enqueue`, durable, then announced.
 create procedure pgchan.call_enqueue(
@@ -951,6 +964,38 @@ begin
     from pgchan.enqueue(run, workflow, version, queue, priority, delay, timeout, input, parent) e;
   commit;
   perform pgchan.wake(null, null, true, array[ready]);
+end $$;
+
+-- `enqueue_many`, if each lock that it needs is free within lock_wait ms; else all outcomes are locked, and nothing is done.
+create function pgchan.try_enqueue_many(
+  runs text[], workflows text[], versions text[], queues text[], priorities integer[], delays double precision[],
+  timeouts double precision[], inputs bytea[], parents bigint[], lock_wait integer,
+  out outcomes text[], out ready text[])
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_variable
+begin
+  perform set_config('lock_timeout', lock_wait || 'ms', true);
+  select e.outcomes, e.ready into outcomes, ready
+    from pgchan.enqueue_many(runs, workflows, versions, queues, priorities, delays, timeouts, inputs, parents) e;
+  perform set_config('lock_timeout', '0', true);
+exception when lock_not_available then
+  outcomes := array_fill('locked'::text, array[cardinality(runs)]);
+end $$;
+
+-- `try_enqueue_many`, durable, then announced.
+create procedure pgchan.call_enqueue_many(
+  runs text[], workflows text[], versions text[], queues text[], priorities integer[], delays double precision[],
+  timeouts double precision[], inputs bytea[], parents bigint[], lock_wait integer, inout outcomes text[])
+language plpgsql as $$
+#variable_conflict use_variable
+declare
+  ready text[];
+begin
+  select e.outcomes, e.ready into outcomes, ready
+    from pgchan.try_enqueue_many(runs, workflows, versions, queues, priorities, delays, timeouts, inputs, parents,
+                                 lock_wait) e;
+  commit;
+  perform pgchan.wake(null, null, true, ready);
 end $$;
 
 -- Hand ready runs of these queues and workflows to a worker, in order of priority and age, and raise the epoch of both
@@ -1044,21 +1089,25 @@ begin
     where c.id in (e.channel_id, e.journal_id);
 end $$;
 
--- Lock the row of a run that is about to end, and against `suspend` that of the run which started it, in order of ids.
--- Without the second lock a parent that suspends just before this commits would neither see the end nor be woken by it.
+-- Lock the rows of runs that are about to end, and against `suspend` those of the runs which started them, in order of
+-- ids. Without the latter a parent that suspends just before this commits would neither see the end nor be woken by it.
 -- It is a share of a lock: children that end together do not wait for each other, nor does a claim of the parent.
-create function pgchan.hold_family(run bigint) returns void
+create function pgchan.hold_families(runs bigint[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
-  mother bigint := (select r.parent from pgchan.runs r where r.channel_id = run);
+  one record;
 begin
-  if mother < run then
-    perform from pgchan.runs r where r.channel_id = mother for key share;
-  end if;
-  perform from pgchan.runs r where r.channel_id = run for update;
-  if mother > run then
-    perform from pgchan.runs r where r.channel_id = mother for key share;
-  end if;
+  for one in
+    select f.id, bool_or(f.ends) as ends
+    from pgchan.runs r cross join lateral (values (r.channel_id, true), (r.parent, false)) f (id, ends)
+    where r.channel_id = any (runs) and f.id is not null group by f.id order by f.id
+  loop
+    if one.ends then
+      perform from pgchan.runs r where r.channel_id = one.id for update;
+    else
+      perform from pgchan.runs r where r.channel_id = one.id for key share;
+    end if;
+  end loop;
 end $$;
 
 -- Whether this epoch still owns this run; locks the run's row until commit.
@@ -1069,45 +1118,80 @@ begin
   return found and exists (select from pgchan.channels c where c.id = owns.run and c.epoch = owns.epoch);
 end $$;
 
--- End a run. Signals that nobody consumed are named in a `missed` control message; both channels close, so readers end
--- too; a parent that waits becomes ready. Outcomes: finished, fenced. ready: queue of the parent, if it must be woken.
-create function pgchan.finish(
-  run bigint, epoch bigint, state text, result bytea, error bytea, out outcome text, out ready text)
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
-#variable_conflict use_column
-begin
-  perform pgchan.force_durability();
-  perform pgchan.hold_family(run);
-  if not pgchan.owns(run, epoch) then
-    outcome := 'fenced';
-    return;
-  end if;
-  ready := pgchan.settle(run, state, result, error);
-  outcome := 'finished';
-end $$;
-
--- What `finish` and `cancel` have in common, once they hold the family. Returns the parent's queue, if it waits.
-create function pgchan.settle(run bigint, state text, result bytea, error bytea) returns text
+-- End runs. Signals that nobody consumed are named in the `ended` control message; both channels close, so readers end
+-- too; a parent that waits becomes ready. Outcomes: finished, fenced. ready: queues of parents that must be woken.
+create function pgchan.finish_many(
+  runs bigint[], epochs bigint[], states text[], results bytea[], errors bytea[], out outcomes text[], out ready text[])
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 declare
-  journal bigint;
-  mother bigint;
-  missed text;
-  ready text;
+  owned bigint[];  -- null where another epoch owns the run
 begin
-  update pgchan.runs r set state = settle.state, result = settle.result, error = settle.error, worker = null,
-                           wake_at = null, ended_at = clock_timestamp()
-    where r.channel_id = run returning r.journal_id, r.parent into journal, mother;
-  perform pgchan.supersede(array[run]);
-  select string_agg(s."position"::text, ',' order by s."position") into missed from pgchan.open_signals(run) s;
-  perform pgchan.append_one(run, 2, null, null, convert_to(
-    case when missed is null then '{"type":"ended","state":"' || settle.state || '"}'
-         else '{"type":"ended","state":"' || settle.state || '","missed":[' || missed || ']}' end, 'UTF8'));
-  update pgchan.channels c set closed_at = clock_timestamp() where c.id in (run, journal);
-  -- A runs row after channels rows, against the rule; what holds the parent's for longer is kept out by the lock above.
-  update pgchan.runs r set state = 'scheduled', wake_at = null
-    where r.channel_id = mother and r.state = 'waiting' returning r.queue into ready;
+  perform pgchan.force_durability();
+  perform pgchan.hold_families(runs);
+  select array_agg(c.id order by g.n), array_agg(case when c.id is null then 'fenced' else 'finished' end order by g.n)
+    into owned, outcomes
+    from unnest(runs, epochs) with ordinality g (run, epoch, n)
+    left join pgchan.runs r on r.channel_id = g.run and r.state = 'running'
+    left join pgchan.channels c on c.id = r.channel_id and c.epoch = g.epoch;
+  ready := pgchan.settle(owned, states, results, errors);
+end $$;
+
+-- One of them.
+create function pgchan.finish(
+  run bigint, epoch bigint, state text, result bytea, error bytea, out outcome text, out ready text)
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  select f.outcomes[1], f.ready[1]
+  from pgchan.finish_many(array[run], array[epoch], array[state], array[result], array[error]) f
+$$;
+
+-- What `finish_many` and `cancel` have in common, once they hold the families. Runs that are null are passed over. Returns
+-- the queues of parents that wait.
+create function pgchan.settle(runs bigint[], states text[], results bytea[], errors bytea[]) returns text[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+declare
+  ending bigint[];
+  journals bigint[];
+  mothers bigint[];
+  fences bigint[];
+  bodies bytea[];
+  ready text[];
+  n integer;
+begin
+  with ended as (
+    update pgchan.runs r set state = e.state, result = e.result, error = e.error, worker = null, wake_at = null,
+                             ended_at = clock_timestamp()
+    from unnest(runs, states, results, errors) e (run, state, result, error) where r.channel_id = e.run
+    returning r.channel_id, r.journal_id, r.parent)
+  select array_agg(e.channel_id), array_agg(e.journal_id), array_remove(array_agg(e.parent), null)
+    into ending, journals, mothers from ended e;
+  if ending is null then
+    return null;
+  end if;
+  perform pgchan.supersede(ending);
+  select array_agg(c.id), array_agg(c.epoch), count(*),
+         array_agg(convert_to('{"type":"ended","state":"' || e.state || '"'
+                              || coalesce(',"missed":[' || s.missed || ']', '') || '}', 'UTF8'))
+    into ending, fences, n, bodies
+    from unnest(runs, states) e (run, state) join pgchan.channels c on c.id = e.run
+    cross join lateral (select string_agg(o."position"::text, ',' order by o."position") as missed
+                        from pgchan.open_signals(e.run) o) s;
+  perform pgchan.append(
+    ending, null, null, fences, null, case when n > 1 then array_fill(1, array[n]) end, null,
+    case when n > 1 then array(select generate_series(1, n)) end, case when n > 1 then array_fill(1, array[n]) end,
+    array_fill(2::smallint, array[n]), null, null, null, null, bodies);
+  update pgchan.channels c set closed_at = clock_timestamp() where c.id = any (ending || journals);
+  if cardinality(mothers) > 0 then
+    -- Rows of runs after rows of channels, against the rule; what holds a parent's for longer is kept out by the lock on
+    -- the families.
+    perform from pgchan.runs r where r.channel_id = any (mothers) and r.state = 'waiting'
+      order by r.channel_id for no key update;
+    with woken as (
+      update pgchan.runs r set state = 'scheduled', wake_at = null
+      where r.channel_id = any (mothers) and r.state = 'waiting' returning r.queue)
+    select array_agg(distinct w.queue) into ready from woken w;
+  end if;
   return ready;
 end $$;
 
@@ -1120,6 +1204,38 @@ begin
   select f.outcome, f.ready into outcome, ready from pgchan.finish(run, epoch, state, result, error) f;
   commit;
   perform pgchan.wake(array[run], array[-1], false, array[ready]);
+end $$;
+
+-- `finish_many`, if each lock that it needs is free within lock_wait ms; else all outcomes are locked, and nothing is done.
+-- heads: for `wake`.
+create function pgchan.try_finish_many(
+  runs bigint[], epochs bigint[], states text[], results bytea[], errors bytea[], lock_wait integer,
+  out outcomes text[], out heads bigint[], out ready text[])
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_variable
+begin
+  perform set_config('lock_timeout', lock_wait || 'ms', true);
+  select f.outcomes, f.ready into outcomes, ready from pgchan.finish_many(runs, epochs, states, results, errors) f;
+  perform set_config('lock_timeout', '0', true);
+  heads := array_fill(-1::bigint, array[cardinality(runs)]);
+exception when lock_not_available then
+  outcomes := array_fill('locked'::text, array[cardinality(runs)]);
+end $$;
+
+-- `try_finish_many`, durable, then announced.
+create procedure pgchan.call_finish_many(
+  runs bigint[], epochs bigint[], states text[], results bytea[], errors bytea[], lock_wait integer,
+  inout outcomes text[])
+language plpgsql as $$
+#variable_conflict use_variable
+declare
+  heads bigint[];
+  ready text[];
+begin
+  select f.outcomes, f.heads, f.ready into outcomes, heads, ready
+    from pgchan.try_finish_many(runs, epochs, states, results, errors, lock_wait) f;
+  commit;
+  perform pgchan.wake(runs, heads, false, ready);
 end $$;
 
 -- The signals of a run that nobody has consumed, in order. Consumption is a control message with a key of its own, so a
@@ -1250,10 +1366,10 @@ create function pgchan.cancel(run text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   target pgchan.runs;
-  ready text;
+  ready text[];
 begin
   perform pgchan.force_durability();
-  perform pgchan.hold_family(c.id) from pgchan.channels c where c.name = cancel.run;
+  perform pgchan.hold_families(array[c.id]) from pgchan.channels c where c.name = cancel.run;
   select r.* into target from pgchan.runs r join pgchan.channels c on c.id = r.channel_id
     where c.name = cancel.run for update of r;
   if not found then
@@ -1262,8 +1378,8 @@ begin
   if target.ended_at is not null then
     return false;
   end if;
-  ready := pgchan.settle(target.channel_id, 'cancelled', null, null);
-  perform pgchan.wake(array[target.channel_id], array[-1], false, array[ready]);
+  ready := pgchan.settle(array[target.channel_id], array['cancelled'], null, null);
+  perform pgchan.wake(array[target.channel_id], array[-1], false, ready);
   return true;
 end $$;
 
@@ -1706,7 +1822,8 @@ begin
   grant execute on routine
     pgchan.publish, pgchan.start, pgchan.signal, pgchan.cancel,        -- in SQL
     pgchan.append_messages, pgchan.write_messages, pgchan.find_channel, pgchan.create_channel, pgchan.close_channel,
-    pgchan.enqueue, pgchan.call_enqueue, pgchan.deliver, pgchan.call_deliver, pgchan.wake
+    pgchan.enqueue, pgchan.call_enqueue, pgchan.try_enqueue_many, pgchan.call_enqueue_many,
+    pgchan.deliver, pgchan.call_deliver, pgchan.wake
     to pgchan_publisher, pgchan_worker, pgchan_admin;
 
   -- A subscriber reads everything but what runs were started with; it writes nothing.
@@ -1725,7 +1842,8 @@ begin
 
   -- A worker does both and executes runs. `upkeep` removes only what has outlived the time that an administrator gave it.
   grant execute on routine
-    pgchan.append, pgchan.write, pgchan.claim, pgchan.suspend, pgchan.finish, pgchan.call_finish, pgchan.continue_run,
+    pgchan.append, pgchan.write, pgchan.claim, pgchan.suspend, pgchan.finish, pgchan.call_finish, pgchan.try_finish_many,
+    pgchan.call_finish_many, pgchan.continue_run,
     pgchan.release, pgchan.upkeep, pgchan.expire,
     pgchan.new_worker, pgchan.register, pgchan.come_back, pgchan.leave, pgchan.reap,
     pgchan.take_lock, pgchan.await_lock, pgchan.free_lock, pgchan.free_locks

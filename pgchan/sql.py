@@ -183,6 +183,11 @@ ENQUEUE = """
 call pgchan.call_enqueue($1::text, $2::text, $3::text, $4::text, $5::integer, $6::double precision,
                          $7::double precision, $8::bytea, $9::bigint, null, null)
 """
+# Several at once, as is each statement below that ends in _MANY: arguments as arrays, and how long to wait for a lock.
+ENQUEUE_MANY = """
+call pgchan.call_enqueue_many($1::text[], $2::text[], $3::text[], $4::text[], $5::integer[], $6::double precision[],
+                              $7::double precision[], $8::bytea[], $9::bigint[], $10::integer, null)
+"""
 # The same in the caller's transaction, as is each statement below that ends in _IN.
 ENQUEUE_IN = """
 select e.outcome, e.ready, pgchan.wake(null, null, true, array[e.ready])
@@ -281,6 +286,9 @@ left join lateral (select s.* from pgchan.messages s where s.channel_id = f.id a
 order by f.id, m."position"
 """
 FINISH = "call pgchan.call_finish($1::bigint, $2::bigint, $3::text, $4::bytea, $5::bytea, null, null)"
+FINISH_MANY = """
+call pgchan.call_finish_many($1::bigint[], $2::bigint[], $3::text[], $4::bytea[], $5::bytea[], $6::integer, null)
+"""
 SUSPEND = "select pgchan.suspend($1::bigint, $2::bigint, $3::timestamptz, $4::bigint, $5::text[])"
 CONTINUE = "select pgchan.continue_run($1::bigint, $2::bigint, $3::bytea)"
 RELEASE = "select pgchan.release($1::integer, $2::bigint[])"

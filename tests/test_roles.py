@@ -41,19 +41,21 @@ ROUTINES = {
     ALL: {"version", "serves"},
     WRITES: {
         "publish", "start", "signal", "cancel", "append_messages", "write_messages", "find_channel", "create_channel",
-        "close_channel", "enqueue", "call_enqueue", "deliver", "call_deliver", "wake",
+        "close_channel", "enqueue", "call_enqueue", "try_enqueue_many", "call_enqueue_many", "deliver",
+        "call_deliver", "wake",
     },
     READS: {"read", "status", "as_json", "ping", "take_probe", "free_probe"},
     WORKS: {
-        "append", "write", "claim", "suspend", "finish", "call_finish", "continue_run", "release", "upkeep",
-        "expire",
+        "append", "write", "claim", "suspend", "finish", "call_finish", "try_finish_many", "call_finish_many",
+        "continue_run", "release", "upkeep", "expire",
         "new_worker", "register", "come_back", "leave", "reap", "take_lock", "await_lock", "free_lock", "free_locks",
     },
     ADMINISTERS: {
         "trim_channel", "delete_channel", "resume", "fork", "call_fork", "set_retention", "set_channel_retention",
     },
     NOBODY: {
-        "append_one", "check_body", "check_key", "check_name", "force_durability", "grant_roles", "hold_family",
+        "append_one", "check_body", "check_key", "check_name", "enqueue_many", "finish_many", "force_durability",
+        "grant_roles", "hold_families",
         "lock_channels", "lock_runs", "open_signals", "owns", "settle", "supersede", "delete_removed",
         "remove_channels", "remove_ended", "remove_expired", "remove_free", "trim_kept",
     },
@@ -284,7 +286,7 @@ IN_SQL = {
     "alter table pgchan.messages add column mine integer": NOBODY,
     "drop function pgchan.version()": NOBODY,
     "grant pgchan_admin to current_user": NOBODY,
-    "select pgchan.settle(1, 'succeeded', null, null)": NOBODY,
+    "select pgchan.settle('{1}', '{succeeded}', null, null)": NOBODY,
     "select pgchan.append_one(1, 2, null, null, '{}')": NOBODY,
     "select pgchan.supersede('{1}')": NOBODY,
 }

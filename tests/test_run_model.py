@@ -392,13 +392,20 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.attempts)
     @rule(data=st.data(), state=st.sampled_from(["succeeded", "failed"]))
     def finish(self, data: st.DataObject, state: str) -> None:
-        run, epoch, _ = data.draw(st.sampled_from(self.attempts[:-4:-1]))
-        outcome, _ = self.session.rows(sql.FINISH, run.id, epoch, state, b"1", None)[0]
-        if epoch != run.epoch or run.state != "running":
-            assert outcome == "fenced"
+        latest = st.sampled_from(self.attempts[:-5:-1])
+        chosen = data.draw(st.lists(latest, min_size=1, max_size=3, unique_by=lambda attempt: attempt[0].id))
+        if len(chosen) == 1:
+            run, epoch, _ = chosen[0]
+            outcomes = [self.session.rows(sql.FINISH, run.id, epoch, state, b"1", None)[0][0]]
         else:
-            assert outcome == "finished"
-            self._end(run, state)
+            arrays = zip(*((run.id, epoch, state, b"1", None) for run, epoch, _ in chosen), strict=True)
+            outcomes = self.session.one(sql.FINISH_MANY, *map(list, arrays), 1000)
+        for (run, epoch, _), outcome in zip(chosen, outcomes, strict=True):
+            if epoch != run.epoch or run.state != "running":
+                assert outcome == "fenced"
+            else:
+                assert outcome == "finished"
+                self._end(run, state)
 
     @precondition(lambda self: len(self.attempts) > 2)
     @rule(data=st.data())

@@ -65,6 +65,22 @@ drop routine pgchan.remove_free(bigint[], bigint);
 
 drop routine pgchan.trim_kept(bigint, bigint);
 
+drop routine pgchan.enqueue_many(text[], text[], text[], text[], integer[], double precision[], double precision[], bytea[], bigint[]);
+
+drop routine pgchan.try_enqueue_many(text[], text[], text[], text[], integer[], double precision[], double precision[], bytea[], bigint[], integer);
+
+drop routine pgchan.call_enqueue_many(text[], text[], text[], text[], integer[], double precision[], double precision[], bytea[], bigint[], integer, text[]);
+
+drop routine pgchan.hold_families(bigint[]);
+
+drop routine pgchan.finish_many(bigint[], bigint[], text[], bytea[], bytea[]);
+
+drop routine pgchan.settle(bigint[], text[], bytea[], bytea[]);
+
+drop routine pgchan.try_finish_many(bigint[], bigint[], text[], bytea[], bytea[], integer);
+
+drop routine pgchan.call_finish_many(bigint[], bigint[], text[], bytea[], bytea[], integer, text[]);
+
 drop index pgchan.channels_kept;
 
 drop index pgchan.runs_ended;
@@ -123,6 +139,130 @@ begin
     end if;
   end loop;
   return gone;
+end $$;
+
+-- ------------------------------------------------------------------------------------------------ runs
+
+-- Start a run: idempotent by id. Outcomes: started · existed (same workflow, same input) · conflict (another) · closed
+-- (a channel of this name exists and takes no more messages). The queue that must be woken is null if nothing is ready.
+create or replace function pgchan.enqueue(
+  run text, workflow text, version text, queue text, priority integer, delay double precision, timeout double precision,
+  input bytea, parent bigint,
+  out outcome text, out ready text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_variable
+declare
+  channel pgchan.channels;
+  journal bigint;
+  existing pgchan.runs;
+begin
+  perform pgchan.check_name(run);
+  perform pgchan.force_durability();
+  insert into pgchan.channels as c (name) values (run) on conflict on constraint channels_name_key do nothing;
+  -- The row stays locked until this commits, so of two concurrent starts the second sees the first one's run.
+  select c.* into channel from pgchan.channels c where c.name = run for no key update;
+  select r.* into existing from pgchan.runs r where r.channel_id = channel.id;
+  if found then
+    -- As bytes first: the other comparison is for a start repeated from a client with another JSON style.
+    outcome := case when existing.workflow = workflow
+                     and (existing.input = input or pgchan.as_json(existing.input, 'application/json')
+                                                  = pgchan.as_json(input, 'application/json'))
+                    then 'existed' else 'conflict' end;
+    return;
+  end if;
+  if channel.closed_at is not null then
+    outcome := 'closed';
+    return;
+  end if;
+  insert into pgchan.channels as c (name) values ('pgchan:journal:' || channel.id) returning c.id into journal;
+  insert into pgchan.runs (channel_id, journal_id, workflow, version, queue, priority, state, wake_at, speaks_from,
+                           deadline, input, parent)
+    values (channel.id, journal, workflow, version, queue, priority, 'scheduled',
+            clock_timestamp() + make_interval(secs => delay), channel.head + 1,
+            clock_timestamp() + make_interval(secs => coalesce(delay, 0) + timeout), input, parent);
+  outcome := 'started';
+  ready := case when delay is null then queue end;
+end $$;
+
+-- Lock the row of a run that is about to end, and against `suspend` that of the run which started it, in order of ids.
+-- Without the second lock a parent that suspends just before this commits would neither see the end nor be woken by it.
+-- It is a share of a lock: children that end together do not wait for each other, nor does a claim of the parent.
+create or replace function pgchan.hold_family(run bigint) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  mother bigint := (select r.parent from pgchan.runs r where r.channel_id = run);
+begin
+  if mother < run then
+    perform from pgchan.runs r where r.channel_id = mother for key share;
+  end if;
+  perform from pgchan.runs r where r.channel_id = run for update;
+  if mother > run then
+    perform from pgchan.runs r where r.channel_id = mother for key share;
+  end if;
+end $$;
+
+-- End a run. Signals that nobody consumed are named in a `missed` control message; both channels close, so readers end
+-- too; a parent that waits becomes ready. Outcomes: finished, fenced. ready: queue of the parent, if it must be woken.
+create or replace function pgchan.finish(
+  run bigint, epoch bigint, state text, result bytea, error bytea, out outcome text, out ready text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+begin
+  perform pgchan.force_durability();
+  perform pgchan.hold_family(run);
+  if not pgchan.owns(run, epoch) then
+    outcome := 'fenced';
+    return;
+  end if;
+  ready := pgchan.settle(run, state, result, error);
+  outcome := 'finished';
+end $$;
+
+-- What `finish` and `cancel` have in common, once they hold the family. Returns the parent's queue, if it waits.
+create or replace function pgchan.settle(run bigint, state text, result bytea, error bytea) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+declare
+  journal bigint;
+  mother bigint;
+  missed text;
+  ready text;
+begin
+  update pgchan.runs r set state = settle.state, result = settle.result, error = settle.error, worker = null,
+                           wake_at = null, ended_at = clock_timestamp()
+    where r.channel_id = run returning r.journal_id, r.parent into journal, mother;
+  perform pgchan.supersede(array[run]);
+  select string_agg(s."position"::text, ',' order by s."position") into missed from pgchan.open_signals(run) s;
+  perform pgchan.append_one(run, 2, null, null, convert_to(
+    case when missed is null then '{"type":"ended","state":"' || settle.state || '"}'
+         else '{"type":"ended","state":"' || settle.state || '","missed":[' || missed || ']}' end, 'UTF8'));
+  update pgchan.channels c set closed_at = clock_timestamp() where c.id in (run, journal);
+  -- A runs row after channels rows, against the rule; what holds the parent's for longer is kept out by the lock above.
+  update pgchan.runs r set state = 'scheduled', wake_at = null
+    where r.channel_id = mother and r.state = 'waiting' returning r.queue into ready;
+  return ready;
+end $$;
+
+-- Cancel a run: true from this commit on nothing more is recorded for it; false if it had ended; null if there is none.
+create or replace function pgchan.cancel(run text) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  target pgchan.runs;
+  ready text;
+begin
+  perform pgchan.force_durability();
+  perform pgchan.hold_family(c.id) from pgchan.channels c where c.name = cancel.run;
+  select r.* into target from pgchan.runs r join pgchan.channels c on c.id = r.channel_id
+    where c.name = cancel.run for update of r;
+  if not found then
+    return null;
+  end if;
+  if target.ended_at is not null then
+    return false;
+  end if;
+  ready := pgchan.settle(target.channel_id, 'cancelled', null, null);
+  perform pgchan.wake(array[target.channel_id], array[-1], false, array[ready]);
+  return true;
 end $$;
 
 create or replace view pgchan.channel_status as

@@ -42,6 +42,10 @@ begin
   perform set_config('lock_timeout', before, true);
 end $$;
 
+drop routine pgchan.hold_family(bigint);
+
+drop routine pgchan.settle(bigint, text, bytea, bytea);
+
 alter table pgchan.channels
   add column keep_messages bigint,
   add column keep_seconds double precision;
@@ -359,6 +363,246 @@ begin
   end if;
 end $$;
 
+-- ------------------------------------------------------------------------------------------------ runs
+
+-- Start runs: idempotent by id. Outcomes: started · existed (same workflow, same input) · conflict (another) · closed (a
+-- channel of this name exists and takes no more messages). ready: the queues that must be woken. Ids are given once each.
+create or replace function pgchan.enqueue_many(
+  runs text[], workflows text[], versions text[], queues text[], priorities integer[], delays double precision[],
+  timeouts double precision[], inputs bytea[], parents bigint[],
+  out outcomes text[], out ready text[])
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+begin
+  perform pgchan.check_name(g.run) from unnest(runs) g (run);
+  perform pgchan.force_durability();
+  insert into pgchan.channels (name) select g.run from unnest(runs) g (run) order by g.run on conflict (name) do nothing;
+  -- The rows stay locked until this commits, so of two concurrent starts the second sees the first one's run.
+  perform from pgchan.channels c where c.name = any (runs) order by c.id for no key update;
+  -- Inputs are compared as bytes first; the other comparison is for a start repeated from a client with another JSON style.
+  select array_agg(
+           case when r.channel_id is null then case when c.closed_at is null then 'started' else 'closed' end
+                when r.workflow = g.workflow
+                     and (r.input = g.input or pgchan.as_json(r.input, 'application/json')
+                                               = pgchan.as_json(g.input, 'application/json')) then 'existed'
+                else 'conflict' end order by g.n)
+    into outcomes
+    from unnest(runs, workflows, inputs) with ordinality g (run, workflow, input, n)
+    join pgchan.channels c on c.name = g.run left join pgchan.runs r on r.channel_id = c.id;
+  with made as materialized (
+    select c.id, c.head, g.*
+    from unnest(runs, workflows, versions, queues, priorities, delays, timeouts, inputs, parents, outcomes)
+      g (run, workflow, version, queue, priority, delay, timeout, input, parent, outcome)
+    join pgchan.channels c on c.name = g.run
+    where g.outcome = 'started'
+  ), journals as (
+    insert into pgchan.channels (name) select 'pgchan:journal:' || m.id from made m order by m.id returning id, name
+  ), inserted as (
+    insert into pgchan.runs (channel_id, journal_id, workflow, version, queue, priority, state, wake_at, speaks_from,
+                             deadline, input, parent)
+      select m.id, j.id, m.workflow, m.version, m.queue, m.priority, 'scheduled',
+             clock_timestamp() + make_interval(secs => m.delay), m.head + 1,
+             clock_timestamp() + make_interval(secs => coalesce(m.delay, 0) + m.timeout), m.input, m.parent
+      from made m join journals j on j.name = 'pgchan:journal:' || m.id
+  )
+  select array_agg(distinct m.queue) into ready from made m where m.delay is null;
+end $$;
+
+-- One of them, as the statements of callers want it. ready is null if nothing must be woken.
+create or replace function pgchan.enqueue(
+  run text, workflow text, version text, queue text, priority integer, delay double precision, timeout double precision,
+  input bytea, parent bigint,
+  out outcome text, out ready text)
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  select e.outcomes[1], e.ready[1]
+  from pgchan.enqueue_many(array[run], array[workflow], array[version], array[queue], array[priority], array[delay],
+                           array[timeout], array[input], array[parent]) e
+$$;
+
+-- `enqueue_many`, if each lock that it needs is free within lock_wait ms; else all outcomes are locked, and nothing is done.
+create or replace function pgchan.try_enqueue_many(
+  runs text[], workflows text[], versions text[], queues text[], priorities integer[], delays double precision[],
+  timeouts double precision[], inputs bytea[], parents bigint[], lock_wait integer,
+  out outcomes text[], out ready text[])
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_variable
+begin
+  perform set_config('lock_timeout', lock_wait || 'ms', true);
+  select e.outcomes, e.ready into outcomes, ready
+    from pgchan.enqueue_many(runs, workflows, versions, queues, priorities, delays, timeouts, inputs, parents) e;
+  perform set_config('lock_timeout', '0', true);
+exception when lock_not_available then
+  outcomes := array_fill('locked'::text, array[cardinality(runs)]);
+end $$;
+
+-- `try_enqueue_many`, durable, then announced.
+create or replace procedure pgchan.call_enqueue_many(
+  runs text[], workflows text[], versions text[], queues text[], priorities integer[], delays double precision[],
+  timeouts double precision[], inputs bytea[], parents bigint[], lock_wait integer, inout outcomes text[])
+language plpgsql as $$
+#variable_conflict use_variable
+declare
+  ready text[];
+begin
+  select e.outcomes, e.ready into outcomes, ready
+    from pgchan.try_enqueue_many(runs, workflows, versions, queues, priorities, delays, timeouts, inputs, parents,
+                                 lock_wait) e;
+  commit;
+  perform pgchan.wake(null, null, true, ready);
+end $$;
+
+-- Lock the rows of runs that are about to end, and against `suspend` those of the runs which started them, in order of
+-- ids. Without the latter a parent that suspends just before this commits would neither see the end nor be woken by it.
+-- It is a share of a lock: children that end together do not wait for each other, nor does a claim of the parent.
+create or replace function pgchan.hold_families(runs bigint[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  one record;
+begin
+  for one in
+    select f.id, bool_or(f.ends) as ends
+    from pgchan.runs r cross join lateral (values (r.channel_id, true), (r.parent, false)) f (id, ends)
+    where r.channel_id = any (runs) and f.id is not null group by f.id order by f.id
+  loop
+    if one.ends then
+      perform from pgchan.runs r where r.channel_id = one.id for update;
+    else
+      perform from pgchan.runs r where r.channel_id = one.id for key share;
+    end if;
+  end loop;
+end $$;
+
+-- End runs. Signals that nobody consumed are named in the `ended` control message; both channels close, so readers end
+-- too; a parent that waits becomes ready. Outcomes: finished, fenced. ready: queues of parents that must be woken.
+create or replace function pgchan.finish_many(
+  runs bigint[], epochs bigint[], states text[], results bytea[], errors bytea[], out outcomes text[], out ready text[])
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+declare
+  owned bigint[];  -- null where another epoch owns the run
+begin
+  perform pgchan.force_durability();
+  perform pgchan.hold_families(runs);
+  select array_agg(c.id order by g.n), array_agg(case when c.id is null then 'fenced' else 'finished' end order by g.n)
+    into owned, outcomes
+    from unnest(runs, epochs) with ordinality g (run, epoch, n)
+    left join pgchan.runs r on r.channel_id = g.run and r.state = 'running'
+    left join pgchan.channels c on c.id = r.channel_id and c.epoch = g.epoch;
+  ready := pgchan.settle(owned, states, results, errors);
+end $$;
+
+-- One of them.
+create or replace function pgchan.finish(
+  run bigint, epoch bigint, state text, result bytea, error bytea, out outcome text, out ready text)
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  select f.outcomes[1], f.ready[1]
+  from pgchan.finish_many(array[run], array[epoch], array[state], array[result], array[error]) f
+$$;
+
+-- What `finish_many` and `cancel` have in common, once they hold the families. Runs that are null are passed over. Returns
+-- the queues of parents that wait.
+create or replace function pgchan.settle(runs bigint[], states text[], results bytea[], errors bytea[]) returns text[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+declare
+  ending bigint[];
+  journals bigint[];
+  mothers bigint[];
+  fences bigint[];
+  bodies bytea[];
+  ready text[];
+  n integer;
+begin
+  with ended as (
+    update pgchan.runs r set state = e.state, result = e.result, error = e.error, worker = null, wake_at = null,
+                             ended_at = clock_timestamp()
+    from unnest(runs, states, results, errors) e (run, state, result, error) where r.channel_id = e.run
+    returning r.channel_id, r.journal_id, r.parent)
+  select array_agg(e.channel_id), array_agg(e.journal_id), array_remove(array_agg(e.parent), null)
+    into ending, journals, mothers from ended e;
+  if ending is null then
+    return null;
+  end if;
+  perform pgchan.supersede(ending);
+  select array_agg(c.id), array_agg(c.epoch), count(*),
+         array_agg(convert_to('{"type":"ended","state":"' || e.state || '"'
+                              || coalesce(',"missed":[' || s.missed || ']', '') || '}', 'UTF8'))
+    into ending, fences, n, bodies
+    from unnest(runs, states) e (run, state) join pgchan.channels c on c.id = e.run
+    cross join lateral (select string_agg(o."position"::text, ',' order by o."position") as missed
+                        from pgchan.open_signals(e.run) o) s;
+  perform pgchan.append(
+    ending, null, null, fences, null, case when n > 1 then array_fill(1, array[n]) end, null,
+    case when n > 1 then array(select generate_series(1, n)) end, case when n > 1 then array_fill(1, array[n]) end,
+    array_fill(2::smallint, array[n]), null, null, null, null, bodies);
+  update pgchan.channels c set closed_at = clock_timestamp() where c.id = any (ending || journals);
+  if cardinality(mothers) > 0 then
+    -- Rows of runs after rows of channels, against the rule; what holds a parent's for longer is kept out by the lock on
+    -- the families.
+    perform from pgchan.runs r where r.channel_id = any (mothers) and r.state = 'waiting'
+      order by r.channel_id for no key update;
+    with woken as (
+      update pgchan.runs r set state = 'scheduled', wake_at = null
+      where r.channel_id = any (mothers) and r.state = 'waiting' returning r.queue)
+    select array_agg(distinct w.queue) into ready from woken w;
+  end if;
+  return ready;
+end $$;
+
+-- `finish_many`, if each lock that it needs is free within lock_wait ms; else all outcomes are locked, and nothing is done.
+-- heads: for `wake`.
+create or replace function pgchan.try_finish_many(
+  runs bigint[], epochs bigint[], states text[], results bytea[], errors bytea[], lock_wait integer,
+  out outcomes text[], out heads bigint[], out ready text[])
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_variable
+begin
+  perform set_config('lock_timeout', lock_wait || 'ms', true);
+  select f.outcomes, f.ready into outcomes, ready from pgchan.finish_many(runs, epochs, states, results, errors) f;
+  perform set_config('lock_timeout', '0', true);
+  heads := array_fill(-1::bigint, array[cardinality(runs)]);
+exception when lock_not_available then
+  outcomes := array_fill('locked'::text, array[cardinality(runs)]);
+end $$;
+
+-- `try_finish_many`, durable, then announced.
+create or replace procedure pgchan.call_finish_many(
+  runs bigint[], epochs bigint[], states text[], results bytea[], errors bytea[], lock_wait integer,
+  inout outcomes text[])
+language plpgsql as $$
+#variable_conflict use_variable
+declare
+  heads bigint[];
+  ready text[];
+begin
+  select f.outcomes, f.heads, f.ready into outcomes, heads, ready
+    from pgchan.try_finish_many(runs, epochs, states, results, errors, lock_wait) f;
+  commit;
+  perform pgchan.wake(runs, heads, false, ready);
+end $$;
+
+-- Cancel a run: true from this commit on nothing more is recorded for it; false if it had ended; null if there is none.
+create or replace function pgchan.cancel(run text) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  target pgchan.runs;
+  ready text[];
+begin
+  perform pgchan.force_durability();
+  perform pgchan.hold_families(array[c.id]) from pgchan.channels c where c.name = cancel.run;
+  select r.* into target from pgchan.runs r join pgchan.channels c on c.id = r.channel_id
+    where c.name = cancel.run for update of r;
+  if not found then
+    return null;
+  end if;
+  if target.ended_at is not null then
+    return false;
+  end if;
+  ready := pgchan.settle(array[target.channel_id], array['cancelled'], null, null);
+  perform pgchan.wake(array[target.channel_id], array[-1], false, ready);
+  return true;
+end $$;
+
 create or replace view pgchan.channel_status as
   select c.name, c.head, c.trimmed, c.epoch, c.closed_at is not null as closed, c.content_type, c.created_at, c.expires_at,
          c.keep_messages, c.keep_seconds
@@ -413,7 +657,8 @@ begin
   grant execute on routine
     pgchan.publish, pgchan.start, pgchan.signal, pgchan.cancel,        -- in SQL
     pgchan.append_messages, pgchan.write_messages, pgchan.find_channel, pgchan.create_channel, pgchan.close_channel,
-    pgchan.enqueue, pgchan.call_enqueue, pgchan.deliver, pgchan.call_deliver, pgchan.wake
+    pgchan.enqueue, pgchan.call_enqueue, pgchan.try_enqueue_many, pgchan.call_enqueue_many,
+    pgchan.deliver, pgchan.call_deliver, pgchan.wake
     to pgchan_publisher, pgchan_worker, pgchan_admin;
 
   -- A subscriber reads everything but what runs were started with; it writes nothing.
@@ -432,7 +677,8 @@ begin
 
   -- A worker does both and executes runs. `upkeep` removes only what has outlived the time that an administrator gave it.
   grant execute on routine
-    pgchan.append, pgchan.write, pgchan.claim, pgchan.suspend, pgchan.finish, pgchan.call_finish, pgchan.continue_run,
+    pgchan.append, pgchan.write, pgchan.claim, pgchan.suspend, pgchan.finish, pgchan.call_finish, pgchan.try_finish_many,
+    pgchan.call_finish_many, pgchan.continue_run,
     pgchan.release, pgchan.upkeep, pgchan.expire,
     pgchan.new_worker, pgchan.register, pgchan.come_back, pgchan.leave, pgchan.reap,
     pgchan.take_lock, pgchan.await_lock, pgchan.free_lock, pgchan.free_locks

@@ -1,0 +1,125 @@
+"""Group commit of calls: those of one statement that come while another is on its way make up the next, as one.
+
+How it works. The first call goes out alone, by the statement that was meant. What comes until its answer waits, and
+then goes together: one round trip, one transaction, one commit, by the statement for many. No timers, as in writer.py:
+who is alone waits for nobody, and under load the groups grow by themselves.
+
+A call that somebody's open transaction keeps waiting must not hold up the others. After SLOW_SECONDS the next group
+goes out beside it; a group of which one met such a lock comes back as a whole, and each of its calls goes alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from pgchan import errors
+from pgchan.db import Row
+from pgchan.names import PAGE_BYTES_MAX
+from pgchan.writer import LOCK_WAIT_MS
+
+TOGETHER_MAX = 100  # calls; as many as a worker claims at once
+SLOW_SECONDS = LOCK_WAIT_MS / 1000
+
+Arguments = tuple[Any, ...]
+
+
+class Group:
+    """Calls of one statement. alone: make one call; together: make these in one transaction, and say how each ended."""
+
+    def __init__(
+        self, alone: Callable[..., Awaitable[Row]], together: Callable[[list[Arguments]], Awaitable[list[str]]]
+    ) -> None:
+        self._alone = alone
+        self._together = together
+        self._waiting: list[tuple[Arguments, asyncio.Future[Row]]] = []
+        self._slow: asyncio.TimerHandle | None = None  # set while a call is on its way that others wait for
+        self._sending: set[asyncio.Task[None]] = set()
+
+    async def call(self, *args: Any) -> Row:
+        """Make this call; its row, of which all but the first column may be null. Two of one first argument never go
+        together. Raises what the call raises; cancelled, it may be made all the same."""
+        if self._slow is not None:
+            future: asyncio.Future[Row] = asyncio.get_running_loop().create_future()
+            self._waiting.append((args, future))
+            return await future
+        mine = self._slow = asyncio.get_running_loop().call_later(SLOW_SECONDS, self._next)
+        try:
+            return await self._alone(*args)
+        finally:
+            self._answered(mine)
+
+    async def close(self) -> None:
+        """Until nothing is on its way."""
+        while self._sending:
+            await asyncio.wait(self._sending)
+
+    def _answered(self, mine: asyncio.TimerHandle) -> None:
+        if self._slow is mine:  # else it was slow, and the next is under way already
+            mine.cancel()
+            self._next()
+
+    def _next(self) -> None:
+        self._slow = None
+        if not self._waiting:
+            return
+        group = self._take()
+        self._slow = asyncio.get_running_loop().call_later(SLOW_SECONDS, self._next)
+        self._spawn(self._send(group, self._slow))
+
+    def _take(self) -> list[tuple[Arguments, asyncio.Future[Row]]]:
+        """The calls that go next, in the order in which they came."""
+        firsts: set[Any] = set()
+        size = 0
+        for args, _ in self._waiting[:TOGETHER_MAX]:
+            size += sum(len(value) for value in args if isinstance(value, bytes))
+            if firsts and (size > PAGE_BYTES_MAX or args[0] in firsts):
+                break
+            firsts.add(args[0])
+        taken, self._waiting = self._waiting[: len(firsts)], self._waiting[len(firsts) :]
+        return taken
+
+    async def _send(self, group: list[tuple[Arguments, asyncio.Future[Row]]], mine: asyncio.TimerHandle) -> None:
+        try:
+            if len(group) == 1:
+                await self._send_alone(*group[0])
+                return
+            try:
+                words = await self._together([args for args, _ in group])
+            except (errors.Unavailable, errors.Indefinite) as error:
+                for _, future in group:
+                    _fail(future, error)
+                return
+            except errors.Error:  # one that the server refuses must not take the others along
+                words = ["locked"] * len(group)
+            for word, (args, future) in zip(words, group, strict=True):
+                if word == "locked":
+                    self._spawn(self._send_alone(args, future))
+                elif not future.done():
+                    future.set_result((word, None))
+        except BaseException as error:  # a bug of ours, or the end of the loop, must not leave callers waiting
+            for _, future in group:
+                _fail(future, errors.Indefinite(f"the call was given up: {error!r:.200}"))
+            raise
+        finally:
+            self._answered(mine)
+
+    async def _send_alone(self, args: Arguments, future: asyncio.Future[Row]) -> None:
+        try:
+            row = await self._alone(*args)
+        except errors.Error as error:
+            _fail(future, error)
+        else:
+            if not future.done():
+                future.set_result(row)
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.create_task(coroutine, name="pgchan group")
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+
+
+def _fail(future: asyncio.Future[Row], error: errors.Error) -> None:
+    if not future.done():
+        future.set_exception(error)

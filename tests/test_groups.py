@@ -1,0 +1,236 @@
+"""Calls that go together: starts and ends of runs that are made at a time share a transaction, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+import psycopg
+import pytest
+from doors import query
+from proxy import Proxy
+from workers import Workers
+
+import pgchan
+from pgchan import asyncpg_db, errors, sql
+from pgchan.db import Row
+from pgchan.groups import TOGETHER_MAX, Arguments, Group
+
+
+@pgchan.workflow
+async def quick(run: pgchan.Run, number: int = 0) -> int:
+    return number
+
+
+@pgchan.workflow
+async def family(run: pgchan.Run, size: int) -> list[int]:
+    """Waits for children that end at about the same time."""
+    children = [await run.start(quick, number) for number in range(size)]
+    return [await child.result() for child in children]
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each statement is sent through the pool."""
+    count: Counter[str] = Counter()
+    run = asyncpg_db.AsyncpgDb._run
+
+    async def counted(self: asyncpg_db.AsyncpgDb, statement: str, args: tuple[object, ...]) -> list[Row]:
+        count[statement] += 1
+        return await run(self, statement, args)
+
+    monkeypatch.setattr(asyncpg_db.AsyncpgDb, "_run", counted)
+    return count
+
+
+@pytest.fixture
+async def client(dsn: str) -> AsyncIterator[pgchan.AsyncClient]:
+    async with pgchan.AsyncClient(dsn) as one:
+        yield one
+
+
+# ------------------------------------------------------------------------------------------------ of runs
+
+
+async def test_starts_that_are_made_at_a_time_go_together(
+    client: pgchan.AsyncClient, dsn: str, sent: Counter[str]
+) -> None:
+    await client.start(quick)
+    sent.clear()
+    handles = await asyncio.gather(*(client.start(quick, number) for number in range(300)))
+    assert len({handle.id for handle in handles}) == 300
+    assert all(handle.created for handle in handles)
+    assert query(dsn, "select count(*) from pgchan.runs where state = 'scheduled'") == [(301,)]
+    assert (sent[sql.ENQUEUE], sent[sql.ENQUEUE_MANY]) == (1, 3)  # one, a hundred, a hundred, ninety-nine
+
+
+async def test_one_alone_waits_for_nobody(client: pgchan.AsyncClient, sent: Counter[str]) -> None:
+    for number in range(3):
+        await client.start(quick, number)
+    assert (sent[sql.ENQUEUE], sent[sql.ENQUEUE_MANY]) == (3, 0)
+
+
+async def test_what_is_particular_to_a_start_stays_so_in_company(client: pgchan.AsyncClient, dsn: str) -> None:
+    await client.start(quick, 0, id="there")
+    closed = client.channel("closed")
+    await closed.publish(1)
+    await closed.close()
+    many = await asyncio.gather(
+        client.start(quick, 1),
+        client.start(quick, 0, id="there"),
+        client.start(quick, 5, id="there"),
+        client.start(quick, 0, id="closed"),
+        client.start("elsewhere", id="later", queue="q", priority=7, delay=60, timeout=90),
+        client.start("elsewhere", id="now"),
+        client.start("elsewhere", id="now"),
+        return_exceptions=True,
+    )
+    first, existed, conflict, refused, later, *nows = many
+    assert isinstance(first, pgchan.AsyncRunHandle) and first.created
+    assert isinstance(existed, pgchan.AsyncRunHandle) and not existed.created
+    assert isinstance(conflict, errors.RunConflict)
+    assert isinstance(refused, errors.ChannelClosed)
+    assert isinstance(later, pgchan.AsyncRunHandle)
+    assert sorted(now.created for now in nows if isinstance(now, pgchan.AsyncRunHandle)) == [False, True]
+    found = query(
+        dsn,
+        "select workflow, queue, priority, wake_at - r.created_at > '59 s', deadline - r.created_at > '149 s' "
+        "from pgchan.runs r join pgchan.channels c on c.id = channel_id where name = 'later'",
+    )
+    assert found == [("elsewhere", "q", 7, True, True)]
+
+
+async def test_a_start_that_meets_a_lock_holds_up_no_other(client: pgchan.AsyncClient, dsn: str) -> None:
+    await client.channel("held").publish(1)
+    with psycopg.connect(dsn) as connection:
+        connection.execute("select pgchan.publish('held', '1')")
+        connection.execute("select pgchan.publish('unborn', '1')")
+        stuck = [asyncio.create_task(client.start(quick, id=name)) for name in ("held", "unborn")]
+        for _ in range(3):  # one of them went first, the other in a group
+            began = time.monotonic()
+            await asyncio.gather(*(client.start(quick) for _ in range(20)))
+            assert time.monotonic() - began < 3
+        assert not any(task.done() for task in stuck)
+        connection.commit()
+    handles = await asyncio.gather(*stuck)
+    assert {handle.id for handle in handles} == {"held", "unborn"}
+
+
+async def test_a_lost_answer_to_a_group_of_starts_starts_each_once(dsn: str) -> None:
+    async with Proxy(dsn) as proxy, pgchan.AsyncClient(proxy.dsn) as client:
+        await client.start(quick)
+        proxy.swallow(b"call_enqueue_many")
+        handles = await asyncio.gather(*(client.start(quick, number) for number in range(30)))
+        assert proxy.swallowed == 1
+        assert all(handle.created for handle in handles)
+    assert query(dsn, "select count(*) from pgchan.runs") == [(31,)]
+
+
+async def test_ends_of_runs_go_together_and_wake_their_parents(
+    client: pgchan.AsyncClient, dsn: str, sent: Counter[str], workers: Workers
+) -> None:
+    await workers.start(family, quick, client=client)
+    handles = await asyncio.gather(*(client.start(family, 8) for _ in range(6)))
+    assert await asyncio.gather(*(handle.result(timeout=20) for handle in handles)) == [list(range(8))] * 6
+    assert sent[sql.FINISH_MANY] > 0
+    assert query(dsn, "select state, count(*) from pgchan.runs group by 1") == [("succeeded", 54)]
+    assert query(dsn, "select count(*) from pgchan.channels where closed_at is null") == [(0,)]
+
+
+async def test_a_lost_answer_to_a_group_of_ends_ends_each_once(dsn: str, workers: Workers) -> None:
+    async with pgchan.AsyncClient(dsn) as client, Proxy(dsn) as proxy, pgchan.AsyncClient(proxy.dsn) as between:
+        await workers.start(quick, client=between)
+        proxy.swallow(b"call_finish_many")
+        handles = await asyncio.gather(*(client.start(quick, number) for number in range(60)))
+        assert await asyncio.gather(*(handle.result(timeout=20) for handle in handles)) == list(range(60))
+        assert proxy.swallowed == 1
+    assert query(dsn, "select count(*) from pgchan.messages where convert_from(body, 'UTF8') ~ '\"ended\"'") == [(60,)]
+
+
+# ------------------------------------------------------------------------------------------------ of anything
+
+
+class Recorder:
+    """Stands where a database would be: what was called, alone or together, and how that ends."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[Any]] = []
+        self.error: errors.Error | None = None
+        self.locked = False
+        self.gate: asyncio.Event | None = None
+
+    async def alone(self, *args: Any) -> Row:
+        self.calls.append([args[0]])
+        if self.gate is not None and args[0] == "slow":
+            await self.gate.wait()
+        await asyncio.sleep(0)
+        return ("alone", None)
+
+    async def together(self, calls: list[Arguments]) -> list[str]:
+        self.calls.append([args[0] for args in calls])
+        await asyncio.sleep(0)
+        if self.error is not None:
+            raise self.error
+        return ["locked" if self.locked else "together"] * len(calls)
+
+
+async def test_all_get_the_error_of_a_group_whose_fate_is_not_known() -> None:
+    made = Recorder()
+    made.error = errors.Indefinite("lost")
+    group = Group(made.alone, made.together)
+    first, *others = await asyncio.gather(*(group.call(n) for n in range(4)), return_exceptions=True)
+    assert first == ("alone", None)
+    assert others == [made.error] * 3
+    assert made.calls == [[0], [1, 2, 3]]
+
+
+@pytest.mark.parametrize("why", ["refused", "locked"])
+async def test_each_goes_alone_when_a_group_was_not_done(why: str) -> None:
+    made = Recorder()
+    made.error, made.locked = (errors.InvalidInput("one of them"), False) if why == "refused" else (None, True)
+    group = Group(made.alone, made.together)
+    assert await asyncio.gather(*(group.call(n) for n in range(4))) == [("alone", None)] * 4
+    assert made.calls == [[0], [1, 2, 3], [1], [2], [3]]
+
+
+async def test_a_call_that_waits_for_long_is_overtaken() -> None:
+    made = Recorder()
+    made.gate = asyncio.Event()
+    group = Group(made.alone, made.together)
+    slow = asyncio.create_task(group.call("slow"))
+    await asyncio.sleep(0)
+    assert await asyncio.gather(group.call(1), group.call(2)) == [("together", None)] * 2
+    assert not slow.done()
+    assert await group.call(3) == ("alone", None)
+    made.gate.set()
+    assert await slow == ("alone", None)
+    assert made.calls == [["slow"], [1, 2], [3]]
+
+
+async def test_a_caller_that_is_cancelled_leaves_the_others_alone() -> None:
+    made = Recorder()
+    made.gate = asyncio.Event()
+    group = Group(made.alone, made.together)
+    tasks = [asyncio.create_task(group.call(name)) for name in ("slow", 1, 2)]
+    await asyncio.sleep(0)
+    tasks[0].cancel()
+    tasks[1].cancel()
+    assert await tasks[2] == ("together", None)
+    await group.close()
+    assert await group.call(3) == ("alone", None)
+
+
+async def test_groups_are_bounded_and_hold_no_first_argument_twice() -> None:
+    made = Recorder()
+    group = Group(made.alone, made.together)
+    await asyncio.gather(*(group.call(n) for n in [0, "a", "b", "a", "c", *range(1, 2 * TOGETHER_MAX)]))
+    assert [len(call) for call in made.calls] == [1, 2, TOGETHER_MAX, TOGETHER_MAX, 1]
+    made.calls.clear()
+    await asyncio.gather(*(group.call(n, b"x" * 1_500_000) for n in range(8)))
+    assert max(map(len, made.calls)) == 2
+    assert sorted(n for call in made.calls for n in call) == list(range(8))
+
+
