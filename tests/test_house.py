@@ -29,7 +29,7 @@ ROWS: tuple[tuple[set[str], ...], ...] = (
     ({"errors", "points"}, {"names", "dsn"}, {"codec"}, {"model"}),
     ({"sql"}, {"db"}),
     ({"writer"}, {"callers", "workflows"}, {"channels"}, {"wakeups"}, {"journal"}, {"runs"}),
-    ({"asyncpg_db", "psycopg_db"}, {"sqlalchemy"}, {"aio", "sync"}),
+    ({"groups"}, {"asyncpg_db", "psycopg_db"}, {"sqlalchemy"}, {"aio", "sync"}),
     ({"session"}, {"liveness"}, {"attempt"}, {"transactions"}, {"steps"}, {"blocking"}, {"worker"}),
     (
         {"migrations"}, {"migrate"}, {"env"}, {"doctor", "harden"}, {"server"}, {"console"}, {"serve"}, {"testing"},
