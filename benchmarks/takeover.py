@@ -5,6 +5,7 @@ second of it is grace, in which a worker that only lost its connection may come 
 Stopped: SIGSTOP; its connection stays open, so the server waits for the lease.
 Cut: the writer's and the listener's connection of a living worker are ended while a step publishes; the longest pause
 between two acknowledged messages, and whether each arrived once and in order.
+Many: a worker that holds a thousand runs is killed; counted until the step of each has begun in the other one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ STOPS = 2
 LEASE_SECONDS = 2.0  # of the workers that are stopped
 CUTS = 5
 TAKEOVER_SECONDS_MAX = 2.0
+MANY = 1_000  # runs, held by one worker, and taken over by another
+MANY_SECONDS_MAX = 5.0
 SPEAK_SECONDS = 0.005  # between two messages of the step whose connection is cut
+BEGUN = """
+select count(*) from pgchan.messages m join pgchan.channels c on c.id = m.channel_id
+where c.name = any ($1::text[]) and m.kind = 0 and m.attempt = $2::integer
+"""
 CUT = """
 select pg_terminate_backend(pid) from pg_stat_activity
 where datname = current_database() and application_name = $1::text
@@ -67,7 +74,7 @@ async def count(run: pgchan.Run) -> list[float]:
 async def work(pipe: Pipe, dsn: str, lease: float) -> None:
     """A worker process."""
     async with pgchan.AsyncClient(dsn, name=f"worker{os.getpid()}") as client:
-        worker = pgchan.Worker(client, [hold, speak], lease=lease)
+        worker = pgchan.Worker(client, [hold, speak], lease=lease, concurrency=MANY)
         running = asyncio.create_task(worker.run(signals=False))
         await worker.wait_started()
         pipe.send("ready")
@@ -180,6 +187,31 @@ def _wrong(heard: list[int], count: int) -> int:
     return max(1, len(set(range(count)) ^ set(heard)) + len(heard) - len(set(heard)))
 
 
+async def many(report: Report, client: pgchan.AsyncClient) -> None:
+    """A thousand runs at once. The database is asked, for a thousand readers would be the measurement."""
+    connection = await asyncpg.connect(report.dsn)
+
+    async def until_begun(attempt: int, since: float) -> float:
+        async with asyncio.timeout(60):
+            while await connection.fetchval(BEGUN, ids, attempt) < MANY:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.02)
+        return time.monotonic() - since
+
+    first = await worker(report.dsn, 10.0)
+    began = time.monotonic()
+    handles = await asyncio.gather(*(client.start(hold) for _ in range(MANY)))
+    ids = [handle.id for handle in handles]
+    report.figure(f"{MANY:,} runs started at once, all running", "s", await until_begun(1, began))
+    second = await worker(report.dsn, 10.0)
+    first.kill()
+    seconds = await until_begun(2, time.monotonic())
+    name = f"kill -9 of the worker of {MANY:,} runs, all running again"
+    report.figure(name, "s", seconds, at_most=MANY_SECONDS_MAX)
+    await asyncio.gather(*(handle.cancel() for handle in handles))
+    second.kill()
+    await connection.close()
+
+
 async def measure(report: Report) -> None:
     """All of it."""
     async with pgchan.AsyncClient(report.dsn, name="takeover") as client:
@@ -195,6 +227,7 @@ async def measure(report: Report) -> None:
             at_most=LEASE_SECONDS + TAKEOVER_SECONDS_MAX,
         )  # fmt: skip
         await cuts(report, client)
+        await many(report, client)
         report.note(f"{report.arguments.kills} kills, {len(killed)} takeovers of a run; grace 1 s")
 
 
@@ -204,4 +237,4 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__, measure, seconds=45, options=options)
+    main(__doc__, measure, seconds=55, options=options)
