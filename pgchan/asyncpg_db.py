@@ -524,11 +524,10 @@ class Writer:
         stats = self._db.stats
         stats["writes"] += 1
         stats["entries"] += len(batch.queued)
-        for entry, head in batch.heads(row):
+        for entry, written, head in batch.heads(row):
             assert entry.channel_id is not None
             self.heads[entry.channel_id] = head
             if self.on_written is not None:
-                written = sum(1 for queued in batch.queued if queued.entry.name == entry.name)
                 self.on_written(entry.channel_id, head - written, head)
         outcomes = batch.outcomes(row)
         locked = batch.refused_for_now(outcomes)

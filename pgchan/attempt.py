@@ -76,6 +76,7 @@ class StepContext:
     earlier: list[Message] = field(default_factory=list)  # what earlier tries published and is not void
     keeps: bool = False  # previous() was called
     said: bool = False  # the reset, if one is needed, is written
+    under_way: bool = False  # its function executes
     over: bool = False  # the try has ended; a thread that lags behind is told
     buffer: list[Entry] | None = None  # in a transaction: what is published with its commit
     passed: bool = False  # a transaction that is recorded: its block is left at the first use of the run
@@ -119,6 +120,7 @@ class Attempt:
         self._receivers: deque[asyncio.Future[Message]] = deque()
         self._interruptible: list[StepContext] = []
         self._spoken: dict[str, int] = {}  # by step: the highest attempt whose output is not void
+        self._begun: deque[tuple[float, StepContext]] = deque()  # steps that began, and when they have taken long
         self._parked: set[_Parked] = set()
         self._suspending: asyncio.Task[None] | None = None
         self._unsettled = 0
@@ -221,8 +223,11 @@ class Attempt:
     async def _put(self, entries: list[Entry], queued: str | None = None) -> list[Outcome]:
         """Hand entries to the writer, and wait for what becomes of them. queued: the point that this is."""
         receipt = _Receipt(len(entries))
-        for index, entry in enumerate(entries):
-            self._writer.put(entry, receipt.settle(index), more=index + 1 < len(entries))
+        if len(entries) == 1:
+            self._writer.put(entries[0], receipt.settle_only)
+        else:
+            for index, entry in enumerate(entries):
+                self._writer.put(entry, receipt.settle(index), more=index + 1 < len(entries))
         if queued is not None:
             point(queued)
         outcomes = await receipt.future
@@ -300,10 +305,28 @@ class Attempt:
             step.earlier = [row_message(self.claimed.run, codec.JSON, row) for row in rows]
         return step
 
-    def show_started(self, step: StepContext) -> None:
-        """Record that a step is under way, for those who watch. Not awaited: it goes with what is written next."""
-        if self.over is None and self._gate is None and not step.over:
-            self._put_soon(self.note(b'{"type":"started"}', step=step.name, number=step.number))
+    def show_if_long(self, step: StepContext) -> None:
+        """Record that a step is under way, for those who watch, if it is so for a moment. Not awaited: the record goes
+        with what is written next. A timer for all steps of the run, for most of them are over by then."""
+        loop = asyncio.get_running_loop()
+        step.under_way = True
+        self._begun.append((loop.time() + STEP_SHOWN_SECONDS, step))
+        if len(self._begun) == 1:
+            loop.call_later(STEP_SHOWN_SECONDS, self._show_begun)
+
+    def _show_begun(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._begun:
+            due, step = self._begun[0]
+            if not step.under_way:
+                self._begun.popleft()
+            elif due > loop.time():
+                loop.call_at(due, self._show_begun)
+                return
+            else:
+                self._begun.popleft()
+                if self.over is None and self._gate is None and not step.over:
+                    self._put_soon(self.note(b'{"type":"started"}', step=step.name, number=step.number))
 
     def reset_entry(self, step: StepContext) -> Entry | None:
         """The control message that voids what earlier tries said, if there is anything to void; once per try."""
@@ -573,10 +596,16 @@ class Attempt:
 class _Receipt:
     """One future for several entries."""
 
+    __slots__ = ("_left", "_outcomes", "future")
+
     def __init__(self, count: int) -> None:
         self.future: asyncio.Future[list[Outcome | errors.Error]] = asyncio.get_running_loop().create_future()
         self._outcomes: list[Outcome | errors.Error | None] = [None] * count
         self._left = count
+
+    def settle_only(self, outcome: Outcome | errors.Error) -> None:
+        if not self.future.done():
+            self.future.set_result([outcome])
 
     def settle(self, index: int) -> Callable[[Outcome | errors.Error], None]:
         def settled(outcome: Outcome | errors.Error) -> None:

@@ -59,7 +59,7 @@ def encode_as(content_type: str, body: Any) -> bytes:
 
 def decode(raw: bytes) -> Any:
     """The value of JSON bytes that pgchan stored."""
-    return json.loads(raw)
+    return json.loads(raw.decode())  # which else looks first what encoding it may be
 
 
 def parse(raw: bytes | str, what: str = "body") -> Any:

@@ -19,7 +19,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast, overload
 
 from pgchan import codec, errors, names, runs, sql
-from pgchan.attempt import STEP_SHOWN_SECONDS, Attempt, Passed, StepContext, current_step
+from pgchan.attempt import Attempt, Passed, StepContext, current_step
 from pgchan.db import Row, backoff
 from pgchan.errors import Fatal, InvalidInput, RetryAfter, StepFailed, StepMismatch
 from pgchan.journal import Recorded
@@ -457,7 +457,7 @@ class _Call:
         self._kwargs = kwargs
         self._timeout = timeout
         self._interruptible = interruptible
-        self._is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+        self._is_async = _is_coroutine_function(function)
 
     async def run(self, step: StepContext) -> Any:
         """One try; its value."""
@@ -466,17 +466,20 @@ class _Call:
             step.interrupt = lambda signal: False
             if (signal := attempt.take_pending()) is not None:
                 raise _interrupted(step.name, signal)
-        shown = asyncio.get_running_loop().call_later(STEP_SHOWN_SECONDS, attempt.show_started, step)
+        attempt.show_if_long(step)
         token = current_step.set(step)
         try:
             point("step_started")
+            if self._timeout is None:
+                return await self._until_done(attempt, step)
             async with asyncio.timeout(self._timeout):
-                if self._interruptible:
-                    return await self._until_interrupted(attempt, step)
-                return await self._call()
+                return await self._until_done(attempt, step)
         finally:
             current_step.reset(token)
-            shown.cancel()
+            step.under_way = False
+
+    async def _until_done(self, attempt: Attempt, step: StepContext) -> Any:
+        return await (self._until_interrupted(attempt, step) if self._interruptible else self._call())
 
     async def _call(self) -> Any:
         if self._is_async:
@@ -520,6 +523,13 @@ class _Call:
             attempt.interruptible(step, False)
         attempt.give_back(caught)  # it had finished, or would not be interrupted
         return value
+
+
+def _is_coroutine_function(function: Callable[..., Any]) -> bool:
+    code = getattr(function, "__code__", None)  # what most functions are can be told without unwrapping them
+    if code is not None and code.co_flags & inspect.CO_COROUTINE:
+        return True
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def current_run() -> Any:

@@ -74,8 +74,15 @@ class Batch:
         self.lock_wait = LOCK_WAIT_MS
 
     def add(self, queued: Queued) -> bool:
-        """Take an entry along; False if this batch cannot."""
-        return self.add_together([queued])
+        """Take an entry along; False if this batch cannot. An empty one takes any."""
+        if self.queued and (
+            len(self.queued) >= self._entries_max
+            or self._size + len(queued.entry.body) > self._bytes_max
+            or not self._fits(queued.entry)
+        ):
+            return False
+        self._add(queued)
+        return True
 
     def add_together(self, together: list[Queued]) -> bool:
         """Take entries along that must not be parted; False if this batch cannot. An empty one takes any number."""
@@ -177,10 +184,10 @@ class Batch:
             for slot, nth in zip(self._slots, self._nths, strict=True)
         ]
 
-    def heads(self, row: Row) -> list[tuple[Entry, int]]:
-        """The channels that were written by an owner, and the head that each has now."""
+    def heads(self, row: Row) -> list[tuple[Entry, int, int]]:
+        """The channels that were written by an owner: how many entries, and the head that each has now."""
         return [
-            (group.entry, head)
+            (group.entry, group.count, head)
             for group, head in zip(self._groups.values(), row[1], strict=True)
             if head is not None and group.entry.owner is not None
         ]
@@ -242,7 +249,10 @@ class Waiting:
         """The next batch; None if nothing waits, or all that does is set aside."""
         batch = Batch()
         if not self._aside:
-            while self._queued and batch.add_together(together := self._first()):
+            while self._queued:
+                together = [self._queued[0]] if not self._queued[0].more else self._first()
+                if not (batch.add(together[0]) if len(together) == 1 else batch.add_together(together)):
+                    break
                 self._remove(together)
             return batch if batch.queued else None
         due = {lane for lane, until in self._aside.items() if until <= now}
