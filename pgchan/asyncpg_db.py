@@ -45,6 +45,9 @@ GIVEN_UP = frozenset({"25006", "57P01", "57P02", "57P05"})  # read-only, and thr
 SENT = {sql.CLAIM: "claim_sent", sql.FINISH: "finish_sent", sql.FINISH_MANY: "finish_sent"}
 # Calls that go together when several are made at a time.
 TOGETHER = {sql.ENQUEUE: sql.ENQUEUE_MANY, sql.FINISH: sql.FINISH_MANY}
+# What a claimed run is loaded with, by statements over arrays of channels; so many at once, for a journal may be long.
+LOADS = (sql.JOURNALS, sql.SPOKEN, sql.INBOX)
+LOADS_TOGETHER = 20
 
 log = logging.getLogger("pgchan")
 
@@ -79,6 +82,10 @@ class AsyncpgDb:
         self._groups = {
             statement: Group(partial(self._call, statement), partial(self._call_many, many))
             for statement, many in TOGETHER.items()
+        }
+        self._loads = {
+            statement: Group(partial(self._fetch_one, statement), partial(self._fetch_many, statement), LOADS_TOGETHER)
+            for statement in LOADS
         }
 
     @property
@@ -220,7 +227,8 @@ class AsyncpgDb:
     async def close(self) -> None:
         """Send what waits, then end tasks and connections."""
         await self.writer.close()
-        for group in self._groups.values():
+        groups: list[Group[Any]] = [*self._groups.values(), *self._loads.values()]
+        for group in groups:
             await group.close()
         if self._announcing:
             await asyncio.wait(self._announcing, timeout=CONNECT_SECONDS)
@@ -265,10 +273,23 @@ class AsyncpgDb:
         rows: list[Row] = await self._persist(partial(self._run, statement, args), writing=True)
         return rows[0]
 
-    async def _call_many(self, statement: str, calls: list[Arguments]) -> list[str]:
-        words: list[str]
+    async def _call_many(self, statement: str, calls: list[Arguments]) -> list[Row | None]:
         (words,) = await self._call(statement, *map(list, zip(*calls, strict=True)), LOCK_WAIT_MS)
-        return words
+        return [None if word == "locked" else (word, None) for word in words]
+
+    async def fetch_of(self, statement: str, id: int, *args: object) -> list[Row]:
+        """The rows of one channel, by a statement over arrays whose first column is the channel. What is asked for at
+        the same time goes together."""
+        return await self._loads[statement].call(id, *args)
+
+    async def _fetch_one(self, statement: str, *args: object) -> list[Row]:
+        return await self.fetch(statement, *([value] for value in args))
+
+    async def _fetch_many(self, statement: str, calls: list[Arguments]) -> list[list[Row] | None]:
+        found: dict[int, list[Row]] = {args[0]: [] for args in calls}
+        for row in await self.fetch(statement, *map(list, zip(*calls, strict=True))):
+            found[row[0]].append(row)
+        return [found[args[0]] for args in calls]
 
     async def fetch_claims(self, statement: str, *args: object) -> list[Row]:
         """Run a statement that writes and returns any number of rows; see call."""

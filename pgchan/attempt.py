@@ -138,17 +138,17 @@ class Attempt:
         """Read what the run has recorded, said and been sent. A fresh run has nothing, and costs no query."""
         c = self.claimed
         if c.journal_head:
-            for row in await self.db.fetch(sql.JOURNALS, [c.journal_id]):
+            for row in await self.db.fetch_of(sql.JOURNALS, c.journal_id):
                 self.journal.load(row[1:])
         if c.head >= c.speaks_from:
-            for _, step, outputs, reset in await self.db.fetch(sql.SPOKEN, [c.channel_id], [c.speaks_from]):
+            for _, step, outputs, reset in await self.db.fetch_of(sql.SPOKEN, c.channel_id, c.speaks_from):
                 tries = self.journal.tries(step)
                 tries.last = max(tries.last, outputs or 0, reset or 0)
                 if outputs is not None and outputs >= (reset or 0):
                     self._spoken[step] = outputs
         more = c.head > 0
         while more:
-            rows = await self.db.fetch(sql.INBOX, [c.channel_id], [self.seen], INBOX_SIGNALS_MAX)
+            rows = await self.db.fetch_of(sql.INBOX, c.channel_id, self.seen, INBOX_SIGNALS_MAX)
             self.take_in(rows)
             more = len(rows) == INBOX_SIGNALS_MAX
         self._writer.heads[c.channel_id] = c.head

@@ -273,16 +273,16 @@ select m."position", m.at, m.kind, m.key, m.step, m.attempt, m.void_from, m.body
 where m.channel_id = $1::bigint and m."position" >= $2::bigint and m.step = $3::text and m.attempt < $4::integer
   and m.kind = 0 order by m."position" limit $5::integer
 """
-# Signals that arrived and nobody consumed, at most $3 of each run that may have some. Also says who owns the run now.
+# Signals that arrived and nobody consumed, at most so many of each run. Also says who owns the run now.
 INBOX = """
 select f.id, c.epoch, c.head, c.closed_at is not null, m."position", m.at, m.key, m.body
-from unnest($1::bigint[], $2::bigint[]) f (id, seen)
+from unnest($1::bigint[], $2::bigint[], $3::integer[]) f (id, seen, most)
 left join pgchan.channels c on c.id = f.id
 left join lateral (select s.* from pgchan.messages s where s.channel_id = f.id and s.kind = 1
                    and s."position" > greatest(f.seen, c.inbox) and not exists (
                      select from pgchan.messages d
                      where d.channel_id = f.id and d.key = 'pgchan:consumed:' || s."position")
-                   order by s."position" limit $3::integer) m on true
+                   order by s."position" limit f.most) m on true
 order by f.id, m."position"
 """
 FINISH = "call pgchan.call_finish($1::bigint, $2::bigint, $3::text, $4::bytea, $5::bytea, null, null)"

@@ -412,8 +412,9 @@ class Worker:
             return
         try:
             rows = await self.client._use().fetch(
-                sql.INBOX, [a.claimed.channel_id for a in attempts], [a.seen for a in attempts], INBOX_SIGNALS_MAX
-            )
+                sql.INBOX, [a.claimed.channel_id for a in attempts], [a.seen for a in attempts],
+                [INBOX_SIGNALS_MAX] * len(attempts),
+            )  # fmt: skip
         except BaseException:
             self._dirty |= dirty
             self._inbox_soon.set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import psycopg
@@ -30,6 +30,17 @@ async def family(run: pgchan.Run, size: int) -> list[int]:
     """Waits for children that end at about the same time."""
     children = [await run.start(quick, number) for number in range(size)]
     return [await child.result() for child in children]
+
+
+@pgchan.workflow
+async def paused(run: pgchan.Run, number: int) -> list[Any]:
+    """Records what it got first, and a step that spoke, then waits."""
+    first = await run.receive()
+    assert first is not None
+    await run.publish("paused")
+    said = await run.step(quick.fn, run, number)
+    await run.receive()
+    return [first.body, said]
 
 
 @pytest.fixture
@@ -150,6 +161,25 @@ async def test_a_lost_answer_to_a_group_of_ends_ends_each_once(dsn: str, workers
     assert query(dsn, "select count(*) from pgchan.messages where convert_from(body, 'UTF8') ~ '\"ended\"'") == [(60,)]
 
 
+async def test_runs_that_are_taken_over_together_are_loaded_together(
+    client: pgchan.AsyncClient, dsn: str, sent: Counter[str], workers: Workers, wait_until: Callable[..., Any]
+) -> None:
+    first = await workers.start(paused, linger=60.0)
+    handles = await asyncio.gather(*(client.start(paused, number) for number in range(60)))
+    for number, handle in enumerate(handles):
+        await handle.signal(number)
+    recorded = "select count(*) from pgchan.messages where step = 'quick' and kind = 0"
+    await wait_until(lambda: query(dsn, recorded) == [(60,)])
+    await workers.stop(first)
+    sent.clear()
+    await workers.start(paused)
+    for handle in handles:
+        await handle.signal("go on")
+    assert await asyncio.gather(*(handle.result(timeout=20) for handle in handles)) == [[n, n] for n in range(60)]
+    assert sent[sql.JOURNALS] <= 8
+    assert sent[sql.SPOKEN] <= 8
+
+
 # ------------------------------------------------------------------------------------------------ of anything
 
 
@@ -169,12 +199,12 @@ class Recorder:
         await asyncio.sleep(0)
         return ("alone", None)
 
-    async def together(self, calls: list[Arguments]) -> list[str]:
+    async def together(self, calls: list[Arguments]) -> list[Row | None]:
         self.calls.append([args[0] for args in calls])
         await asyncio.sleep(0)
         if self.error is not None:
             raise self.error
-        return ["locked" if self.locked else "together"] * len(calls)
+        return [None if self.locked else ("together", None)] * len(calls)
 
 
 async def test_all_get_the_error_of_a_group_whose_fate_is_not_known() -> None:
