@@ -66,10 +66,13 @@ class Cluster:
                 os.chown(directory, root.pw_uid, root.pw_gid)
         make: list[Any] = [binary("initdb"), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "-N"]
         if copy_of is not None:
-            make = [binary("pg_basebackup"), "-d", copy_of.dsn, "-R", "-X", "stream", "-c", "fast", "-N"]
+            make = [binary("pg_basebackup"), "-d", copy_of.dsn, "-X", "stream", "-c", "fast", "-N"]
         if wal is not None:
             make += ["-X", wal]
         subprocess.run([*make, "-D", self.data], check=True, stdout=subprocess.DEVNULL, **self._as_server_user())
+        if copy_of is not None:  # not by pg_basebackup -R: a newer one than the server writes options that it rejects
+            (self.data / "standby.signal").touch()
+            settings = {"primary_conninfo": copy_of.dsn} | dict(settings or {})
         chosen = SETTINGS | {"unix_socket_directories": str(self.home), "port": str(self.port)}
         if tcp:
             chosen["listen_addresses"] = "127.0.0.1"
