@@ -1010,11 +1010,17 @@ declare
   one text;
   picked bigint[] := '{}';
   taken bigint[];
+  moment timestamptz := clock_timestamp();  -- no index serves a comparison with the function itself
 begin
   -- A wakeup reaches every worker of a queue. Those that come too late lock nothing, so they have nothing to commit.
-  if not exists (select from pgchan.runs r where r.state = 'scheduled' and r.wake_at is null
-                   and r.queue = any (queues) and r.workflow = any (claim.workflows))
-     and not exists (select from pgchan.runs r where r.wake_at <= clock_timestamp() and r.state in ('scheduled', 'waiting')) then
+  -- Each look is for the first in the order of an index, else a planner that expects many reads the table for one.
+  if not exists (select from unnest(queues) q (name) cross join lateral (
+                   select from pgchan.runs r
+                   where r.state = 'scheduled' and r.wake_at is null
+                     and r.queue = q.name and r.workflow = any (claim.workflows)
+                   order by r.priority desc, r.created_at limit 1) f)
+     and coalesce((select min(r.wake_at) from pgchan.runs r
+                   where r.wake_at is not null and r.state in ('scheduled', 'waiting')) > moment, true) then
     return;
   end if;
   perform pgchan.force_durability();
@@ -1027,7 +1033,7 @@ begin
   update pgchan.runs r set state = 'scheduled', wake_at = null
     where r.channel_id in (
       select d.channel_id from pgchan.runs d
-      where d.wake_at <= clock_timestamp() and d.state in ('scheduled', 'waiting')
+      where d.wake_at <= moment and d.state in ('scheduled', 'waiting')
       order by d.wake_at limit 1000 for no key update skip locked);
   foreach one in array queues loop  -- queue by queue: `= any` would lose the order of the index
     select array_agg(p.channel_id) into taken from (

@@ -184,6 +184,61 @@ begin
   ready := case when delay is null then queue end;
 end $$;
 
+-- Hand ready runs of these queues and workflows to a worker, in order of priority and age, and raise the epoch of both
+-- their channels: from this commit on no earlier owner can write. Nothing for a worker that was reaped: its row is
+-- locked against deletion until this commits, so a reaper either sees these runs or stops this claim.
+create or replace function pgchan.claim(worker integer, queues text[], workflows text[], most integer)
+returns table (channel_id bigint, run text, journal_id bigint, workflow text, input bytea, attempt integer, epoch bigint,
+               speaks_from bigint, deadline timestamptz, head bigint, journal_head bigint, now timestamptz)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+declare
+  one text;
+  picked bigint[] := '{}';
+  taken bigint[];
+begin
+  -- A wakeup reaches every worker of a queue. Those that come too late lock nothing, so they have nothing to commit.
+  if not exists (select from pgchan.runs r where r.state = 'scheduled' and r.wake_at is null
+                   and r.queue = any (queues) and r.workflow = any (claim.workflows))
+     and not exists (select from pgchan.runs r where r.wake_at <= clock_timestamp() and r.state in ('scheduled', 'waiting')) then
+    return;
+  end if;
+  perform pgchan.force_durability();
+  perform from pgchan.workers w where w.id = claim.worker for key share;
+  if not found then
+    return;
+  end if;
+  -- Timers that are due become ready. `wake_at is null` is what makes the next run of a queue one index look-up, however
+  -- many runs are asleep.
+  update pgchan.runs r set state = 'scheduled', wake_at = null
+    where r.channel_id in (
+      select d.channel_id from pgchan.runs d
+      where d.wake_at <= clock_timestamp() and d.state in ('scheduled', 'waiting')
+      order by d.wake_at limit 1000 for no key update skip locked);
+  foreach one in array queues loop  -- queue by queue: `= any` would lose the order of the index
+    select array_agg(p.channel_id) into taken from (
+      select r.channel_id from pgchan.runs r
+      where r.state = 'scheduled' and r.wake_at is null and r.queue = one and r.workflow = any (claim.workflows)
+      order by r.priority desc, r.created_at limit most - cardinality(picked) for no key update skip locked) p;
+    picked := picked || coalesce(taken, '{}');
+    exit when cardinality(picked) >= most;
+  end loop;
+  picked := pgchan.lock_runs(picked, 50);
+  if cardinality(picked) = 0 then
+    return;
+  end if;
+  perform pgchan.supersede(picked);
+  -- The heads tell whether there is anything to load. They are read here and not by the calling statement: its snapshot
+  -- is older than this claim, so it would miss what was written since, or even the channel of a run just started.
+  return query
+    update pgchan.runs r set state = 'running', worker = claim.worker, attempt = r.attempt + 1,
+                             started_at = coalesce(r.started_at, clock_timestamp())
+    from pgchan.channels c, pgchan.channels j
+    where r.channel_id = any (picked) and c.id = r.channel_id and j.id = r.journal_id
+    returning r.channel_id, c.name, r.journal_id, r.workflow, r.input, r.attempt, c.epoch, r.speaks_from, r.deadline,
+              c.head, j.head, clock_timestamp();
+end $$;
+
 -- Lock the row of a run that is about to end, and against `suspend` that of the run which started it, in order of ids.
 -- Without the second lock a parent that suspends just before this commits would neither see the end nor be woken by it.
 -- It is a share of a lock: children that end together do not wait for each other, nor does a claim of the parent.
