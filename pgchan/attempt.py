@@ -8,6 +8,11 @@ database refuses, and the attempt ends where it stands.
 Output of a step that had to be tried again is void: before the new try speaks (or, if it says nothing, with its
 result) one `reset` control message names what is void. A try that asked for `previous()` keeps it instead.
 
+Text that a step publishes with `join` is held back for a moment, so that what follows becomes part of the same message.
+Only one message is held at a time, and it goes to the writer before anything else of the attempt does, be that by
+`_put`, `_put_soon` or `flushed`; so joining changes how text is cut up, and no order. Nothing is held while a
+transaction commits, nor when the run leaves memory.
+
 Signals that arrive are offered in order: to whoever waits in receive() or signals(), else to a running interruptible
 step, else they stay pending. What a step took is consumed with its result; if it fails, the signals return to the
 front.
@@ -28,7 +33,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from pgchan import codec, errors, sql
+from pgchan import codec, errors, names, sql
 from pgchan.channels import refusal, row_message
 from pgchan.db import STORED, Entry, Outcome, Row
 from pgchan.journal import Journal, Recorded, describe_error
@@ -44,6 +49,7 @@ LINGER_SECONDS = 1.0  # how long a run that only waits stays in memory
 STEP_SHOWN_SECONDS = 0.05  # a step that takes longer is recorded as started; shorter ones cost no extra row
 PREVIOUS_MESSAGES_MAX = 100_000  # what previous() can hold
 INBOX_SIGNALS_MAX = 1_000  # signals of a run that are read at once
+JOINED_BYTES_MAX = 16 << 10  # of text that is joined; past it another row costs nothing, and readers see text in portions
 
 log = logging.getLogger("pgchan")
 
@@ -80,6 +86,7 @@ class StepContext:
     over: bool = False  # the try has ended; a thread that lags behind is told
     buffer: list[Entry] | None = None  # in a transaction: what is published with its commit
     passed: bool = False  # a transaction that is recorded: its block is left at the first use of the run
+    joined: Entry | None = None  # text that may still grow: as long as it is held, or the last of the buffer
     interrupt: Callable[[Message], bool] | None = None
 
 
@@ -128,6 +135,8 @@ class Attempt:
         self._gate: asyncio.Event | None = None  # set while a transaction commits: nobody else writes
         self._deferred: list[Entry] = []  # what could not wait for the gate
         self._owes_values = False  # whether values of record_soon may be on their way
+        self._held: Entry | None = None  # text that waits for what follows it …
+        self._held_until: asyncio.TimerHandle | None = None  # … and until when
         self._leaving: asyncio.TimerHandle | None = None
         self._published = 0
         self._refused: errors.Error | None = None
@@ -162,6 +171,7 @@ class Attempt:
         if self.over is not None:
             return
         self.over = why
+        self._let_go()  # refused if this attempt was superseded; else said as surely as what was not to be joined
         for callback in list(self.on_end):  # each removes itself
             callback()
         if self.task is not None and self.task is not asyncio.current_task():
@@ -222,6 +232,7 @@ class Attempt:
 
     async def _put(self, entries: list[Entry], queued: str | None = None) -> list[Outcome]:
         """Hand entries to the writer, and wait for what becomes of them. queued: the point that this is."""
+        self._let_go()
         receipt = _Receipt(len(entries))
         if len(entries) == 1:
             self._writer.put(entries[0], receipt.settle_only)
@@ -241,14 +252,18 @@ class Attempt:
         self._put_soon(entry)
 
     async def _may_write(self) -> None:
-        while self._gate is not None:
-            await self._gate.wait()
+        while True:
+            while self._gate is not None:
+                await self._gate.wait()
+            await self._writer.room()
+            if self._gate is None:  # it may have been closed while there was no room
+                break
         await self.still_ours()
         if self._refused is not None:
             raise self._refused
-        await self._writer.room()
 
     def _put_soon(self, entry: Entry) -> None:
+        self._let_go()
         self._unsettled += 1
 
         def settled(outcome: Outcome | errors.Error) -> None:
@@ -263,12 +278,49 @@ class Attempt:
         self._writer.put(entry, settled)
 
     async def flushed(self) -> None:
-        """Until everything handed to the writer is written. Raises what was refused."""
+        """Until everything handed to the writer, or held, is written. Raises what was refused."""
+        self._let_go()
         while self._unsettled:
             self._settled.clear()
             await self._settled.wait()
         if self._refused is not None:
             raise self._refused
+
+    # -- text that is joined
+
+    def _hold(self, step: StepContext, entry: Entry, join: float) -> None:
+        """Keep text back for so many seconds, to which what follows is joined."""
+        self._let_go()
+        self._held = step.joined = entry
+        self._held_until = asyncio.get_running_loop().call_later(join, self._let_go)
+
+    def _grows(self, step: StepContext, raw: bytes, join: float) -> bool:
+        """Join text to the last message of this try, if that is text which can still grow; whether it is done.
+
+        Both are JSON strings as codec.encode writes them, so what lies between their quotation marks is whole
+        characters and whole escapes.
+        """
+        last = self._held
+        if step.buffer is not None:
+            last = step.buffer[-1] if step.buffer else None
+        if last is None or last is not step.joined or len(last.body) + len(raw) - 2 > JOINED_BYTES_MAX:
+            return False
+        last.body = last.body[:-1] + raw[1:]
+        if step.buffer is None and self._held_until is not None:
+            loop = asyncio.get_running_loop()
+            if (due := loop.time() + join) < self._held_until.when():
+                self._held_until.cancel()
+                self._held_until = loop.call_at(due, self._let_go)
+        return True
+
+    def _let_go(self) -> None:
+        """Hand what is held to the writer."""
+        held, self._held = self._held, None
+        if held is not None:
+            if self._held_until is not None:
+                self._held_until.cancel()
+                self._held_until = None
+            self._put_soon(held)
 
     def _judge(self, entry: Entry, outcome: Outcome | errors.Error) -> None:
         if isinstance(outcome, errors.Error):
@@ -338,11 +390,18 @@ class Attempt:
         body = {"type": "reset", "step": step.name, "attempt": step.number, "from": self.claimed.speaks_from}
         return self.output(codec.encode(body), kind=CONTROL, step=step, void_from=self.claimed.speaks_from)
 
-    async def publish(self, body: Any, wait: bool) -> Message | None:
+    async def publish(self, body: Any, wait: bool, join: float | None) -> Message | None:
         """See Run.publish."""
+        if join is not None:
+            join = names.check_join(join, body, wait)
         raw = codec.encode(body)
         step = current_step.get()
         if step is None:
+            if join is not None:
+                raise errors.InvalidInput(
+                    "join is for text that a step publishes: outside of steps each message is recorded by the order of "
+                    "the calls, and a replay could not cut the text up in the same way"
+                )
             # Outside of steps nothing is recorded, so the message itself is: a replay publishes it under the same key.
             self._published += 1
             entry = self.output(raw, key=f"pgchan:said:{self.claimed.journal_id}:{self._published}")
@@ -351,14 +410,21 @@ class Attempt:
                 raise Passed
             if step.over:
                 raise errors.fenced(self.claimed.run)
+            if join is not None and self._grows(step, raw, join):
+                return None
             reset = self.reset_entry(step)
             entry = self.output(raw, step=step)
             if step.buffer is not None:
                 step.buffer += [reset, entry] if reset else [entry]
+                step.joined = entry if join is not None else None
                 return None
             if reset is not None:
                 await self.write_soon(reset)
             self._spoken[step.name] = step.number
+            if join is not None:
+                await self._may_write()
+                self._hold(step, entry, join)
+                return None
         if not wait:
             await self.write_soon(entry)
             return None
@@ -535,7 +601,7 @@ class Attempt:
     def _leave_if_idle(self) -> None:
         if self.over or not self._parked or self._suspending is not None:
             return
-        if self.busy or self._unsettled:
+        if self.busy or self._unsettled or self._held is not None:
             self._consider_leaving()  # what is under way may be all that keeps it
             return
         timers = [parked.until for parked in self._parked if parked.until is not None]

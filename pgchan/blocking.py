@@ -99,9 +99,9 @@ class BlockingRun:
             )
         )  # fmt: skip
 
-    def publish(self, body: Any, wait: bool = True) -> Message | None:
+    def publish(self, body: Any, wait: bool = True, *, join: float | None = None) -> Message | None:
         """See Run.publish."""
-        return self._wait(self._run.publish(body, wait))
+        return self._wait(self._run.publish(body, wait, join=join))
 
     def previous(self) -> list[Message]:
         """See Run.previous."""

@@ -17,6 +17,7 @@ BODY_BYTES_MAX = 1 << 20  # one message; larger things belong in object storage,
 BODY_DEPTH_MAX = 64  # nesting that every JSON reader takes
 PAGE_MESSAGES_MAX = 1_000  # messages in one page or batch …
 PAGE_BYTES_MAX = 4 << 20  # … and the bytes of their bodies
+JOIN_SECONDS_MAX = 1.0  # that a piece of text waits for the next; readers wait as long, so more is a mistake in the unit
 DURATION_SECONDS_MAX = 10 * 366 * 86_400.0  # ten years; beyond it is a mistake in the unit
 CURSOR_LENGTH_MAX = 64
 POSITION_MAX = 10**16 - 1  # what sixteen digits of a cursor hold
@@ -142,6 +143,15 @@ def check_seconds(value: object, what: str, least: float = 0.0) -> float:
 def check_optional_seconds(value: object, what: str, least: float = 0.0) -> float | None:
     """None, or a duration as `check_seconds` takes it."""
     return None if value is None else check_seconds(value, what, least)
+
+
+def check_join(join: object, body: object, wait: bool) -> float:
+    """How many seconds a piece of text may wait for what follows it: 0 to JOIN_SECONDS_MAX."""
+    if wait:
+        raise InvalidInput("join is for wait=False: who waits until a message is durable cannot let it wait for more")
+    if not isinstance(body, str):
+        raise InvalidInput(f"join is for text: body must be a str, not {type(body).__name__}")
+    return check_number(join, "join", 0.0, JOIN_SECONDS_MAX)
 
 
 def _shown(value: float) -> str:

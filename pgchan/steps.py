@@ -180,7 +180,7 @@ class Run:
 
     # -- output
 
-    async def publish(self, body: Any, wait: bool = True) -> Message | None:
+    async def publish(self, body: Any, wait: bool = True, *, join: float | None = None) -> Message | None:
         """Say something on the run's channel; readers get it at once.
 
         wait=True returns the stored message when it is durable. wait=False returns None as soon as it is handed to the
@@ -189,9 +189,15 @@ class Run:
         unless that try asks for previous(). Outside of a step it is published once, however often the run is replayed;
         the order of the calls is its identity, so in parallel branches publish within steps.
         Within run.transaction() it goes with the transaction's commit, and this returns None.
+        join: with wait=False, in a step, and a body that is a str: seconds (at most 1) for which it may wait for the
+        text that follows it, so that both become one message. Readers who string the text together get the same, from
+        fewer rows; nothing else of the run overtakes it, and it is durable with the step's result at the latest, as
+        ever. 0 joins what is published without a pause. A message ends where something else is published or recorded,
+        or past 16 KiB. Outside of steps it is refused: there the order of the calls is each message's identity, and a
+        replay could not cut the text up in the same way, for that depends on time.
         Raises InvalidInput, Fenced.
         """
-        return await self._attempt.publish(body, wait)
+        return await self._attempt.publish(body, wait, join)
 
     def previous(self) -> list[Message]:
         """In a step: what its earlier tries published and is not void, in order. From then on it stays valid.

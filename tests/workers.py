@@ -102,6 +102,23 @@ async def reserve(run: pgchan.Run) -> None:
 
 
 @pgchan.workflow
+async def stream(run: pgchan.Run, text: str) -> str:
+    """A step that says half of a text, waits until that is durable, holds more of it and waits at the gate "stream"."""
+
+    async def say() -> str:
+        half = len(text) // 2
+        for character in text[:half]:
+            await run.publish(character, wait=False, join=0.001)
+        await run._attempt.flushed()
+        for character in text[half:]:
+            await run.publish(character, wait=False, join=1.0)
+        await gate("stream")
+        return text
+
+    return await run.step(say)
+
+
+@pgchan.workflow
 async def receive(run: pgchan.Run) -> str:
     """Takes a signal and waits at the gate "receive" before it is recorded."""
 
@@ -204,7 +221,9 @@ async def greedy(run: pgchan.Run, size: int) -> int:
     return await run.step(take)
 
 
-WORKFLOWS: list[Any] = [talk, everything, reserve, receive, ping, endless, blocks, stubborn, nap, hogs, greedy]
+WORKFLOWS: list[Any] = [
+    talk, everything, reserve, stream, receive, ping, endless, blocks, stubborn, nap, hogs, greedy,
+]  # fmt: skip
 
 
 def obey(loop: asyncio.AbstractEventLoop | None = None) -> None:
