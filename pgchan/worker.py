@@ -536,13 +536,16 @@ class Worker:
         """Return the run to its queue if this worker still owns it and will not go on with it."""
         if attempt.over in ("stopped", "cut short", "unavailable"):
             try:
-                await self._until_stopped(self._hand_back(attempt.claimed.channel_id))
+                await self._until_stopped(self._hand_back(attempt))
             except (errors.Error, TimeoutError) as error:
                 # When the lock is held again _check_held returns it; if this worker dies, its reaper does.
                 log.warning("run %s could not be handed back: %s", attempt.claimed.run, str(error) or "no answer")
 
-    async def _hand_back(self, channel_id: int) -> None:
-        await self.client._db.call(sql.RELEASE, self.id, [channel_id])
+    async def _hand_back(self, attempt: Attempt) -> None:
+        if attempt.over == "stopped":
+            with contextlib.suppress(errors.Error):
+                await attempt.flushed()  # what it said last must not be fenced out by its own release
+        await self.client._db.call(sql.RELEASE, self.id, [attempt.claimed.channel_id])
 
 
 def _is_news(attempt: Attempt, rows: dict[int, list[Any]]) -> bool:
