@@ -20,6 +20,7 @@ from pgchan.model import CONTROL, KINDS, MESSAGE, ChannelInfo, Message, Page, mi
 from pgchan.writer import Batch, Queued
 
 TAIL_PAGE_MESSAGES = 500  # per read of a reader that is catching up
+COMPACTED_MESSAGES_MAX = 250_000  # as compact_channel says: more would be too much for one transaction
 CALLERS_BYTES_MAX = 64 << 20  # of a publish_many in a caller's transaction, which is one statement
 WAIT_SECONDS = 60.0  # a waiting reader looks up at least this often; the hub's sweep tells it of anything sooner
 
@@ -358,6 +359,23 @@ async def trim(db: Db, name: str, before: int) -> None:
             return
 
 
+async def compact(db: Db, name: str) -> int:
+    """Rewrite the closed channel as its final text; see Channel.compact."""
+    outcome, removed = await db.call(sql.COMPACT_CHANNEL, name)
+    match outcome:
+        case "missing":
+            raise errors.channel_not_found(name)
+        case "open":
+            raise errors.InvalidInput(f"channel {name!r} is open; close it first, or wait until its run has ended")
+        case "failed":
+            raise errors.InvalidInput(f"channel {name!r} is that of a failed run, which may be resumed")
+        case "type":
+            raise errors.InvalidInput(f"channel {name!r} does not hold JSON, so it has no text to join")
+        case "long":
+            raise errors.InvalidInput(f"channel {name!r} has more than {COMPACTED_MESSAGES_MAX:,} messages; trim it first")
+    return int(removed)
+
+
 async def set_retention(db: Db, name: str, messages: int | None, seconds: float | None) -> None:
     """Bound what the channel keeps; see Channel.set_retention."""
     checked = None if messages is None else names.check_integer(messages, "messages", 1, names.POSITION_MAX)
@@ -394,6 +412,8 @@ def without_void(messages: list[Message]) -> list[Message]:
 
 
 def _voids(reset: Message, message: Message) -> bool:
+    if reset.step is None:  # the channel was compacted: all that was there before
+        return reset.void_from is not None and reset.void_from <= message.position < reset.position
     if message.step is None or message.step != reset.step or message.kind != KINDS[MESSAGE]:
         return False
     assert reset.void_from is not None and reset.attempt is not None and message.attempt is not None
@@ -401,5 +421,5 @@ def _voids(reset: Message, message: Message) -> bool:
 
 
 def is_reset(message: Message) -> bool:
-    """Whether a control message voids earlier output of a step."""
+    """Whether a control message voids earlier output: of a step that started over, or all there was before it."""
     return message.kind == KINDS[CONTROL] and message.void_from is not None

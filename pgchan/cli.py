@@ -244,6 +244,15 @@ def publish(dsn: str | None, as_json: bool, channel: str, body: str, key: str | 
 
 @commands.command()
 @_with_dsn
+@click.argument("channel")
+def compact(dsn: str | None, channel: str) -> None:
+    """Rewrite a closed CHANNEL, or that of a run which has ended, as its final text; print how many messages it saves."""
+    with _client(dsn) as client:
+        print(client.channel(channel).compact())
+
+
+@commands.command()
+@_with_dsn
 @_with_json
 @click.option("--prefix", default="", help="Only channels whose name begins with it.")
 @click.option("--after", default="", metavar="NAME", help="Only channels that come after this name.")

@@ -351,7 +351,8 @@ _ROLES: dict[str, frozenset[str]] = {
         "final_messages", "run_status", "channel_status", "worker_status", "pgchan", "version", "serves",
     }),
     "pgchan_admin": frozenset({
-        "trim_channel", "delete_channel", "resume", "fork", "call_fork", "set_retention", "set_channel_retention",
+        "trim_channel", "compact_channel", "delete_channel", "resume", "fork", "call_fork", "set_retention",
+        "set_channel_retention",
     }),
 }  # fmt: skip
 

@@ -75,6 +75,7 @@ select c.content_type, c.created from pgchan.create_channel($1::text, $2::text, 
 """
 CLOSE_CHANNEL = "select pgchan.close_channel($1::text)"
 TRIM_CHANNEL = "select pgchan.trim_channel($1::text, $2::bigint)"
+COMPACT_CHANNEL = "select c.outcome, c.removed from pgchan.compact_channel($1::text) c"
 DELETE_CHANNEL = "select pgchan.delete_channel($1::text)"
 SET_RETENTION = "select pgchan.set_retention($1::double precision)"
 SET_CHANNEL_RETENTION = "select pgchan.set_channel_retention($1::text, $2::bigint, $3::double precision)"

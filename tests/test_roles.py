@@ -51,13 +51,14 @@ ROUTINES = {
         "new_worker", "register", "come_back", "leave", "reap", "take_lock", "await_lock", "free_lock", "free_locks",
     },
     ADMINISTERS: {
-        "trim_channel", "delete_channel", "resume", "fork", "call_fork", "set_retention", "set_channel_retention",
+        "trim_channel", "compact_channel", "delete_channel", "resume", "fork", "call_fork", "set_retention",
+        "set_channel_retention",
     },
     NOBODY: {
         "append_one", "check_body", "check_key", "check_name", "enqueue_many", "finish_many", "force_durability",
         "grant_roles", "hold_families",
         "lock_channels", "lock_runs", "open_signals", "owns", "settle", "supersede", "delete_removed",
-        "remove_channels", "remove_ended", "remove_expired", "remove_free", "trim_kept",
+        "is_text", "remove_channels", "remove_ended", "remove_expired", "remove_free", "trim_kept",
     },
 }  # fmt: skip
 READABLE = {
@@ -593,6 +594,7 @@ def test_nothing_of_the_caller_is_used_in_place_of_what_is_meant(
         assert run("select pgchan.cancel('evil')") == [(True,)]
         assert run("select pgchan.resume('failed')") == [("resumed",)]
         assert run("select pgchan.trim_channel('chat', 2)") == [(1,)]
+        assert run("select outcome from pgchan.compact_channel('chat')") == [("open",)]
         assert run("select pgchan.delete_channel('chat')") == [("deleted",)]
         assert run("select pgchan.expire()") == [(0,)]
         run("select pgchan.leave(%s)", worker)

@@ -47,6 +47,10 @@ delete from pgchan.messages m using pgchan.removed r where m.channel_id = r.chan
 
 drop view pgchan.channel_status;
 
+drop routine pgchan.is_text(bytea);
+
+drop routine pgchan.compact_channel(text);
+
 drop routine pgchan.remove_channels(bigint[], bigint);
 
 drop routine pgchan.set_channel_retention(text, bigint, double precision);

@@ -77,6 +77,112 @@ create index runs_ended on pgchan.runs (ended_at) where ended_at is not null;
 create or replace function pgchan.version() returns text
 language sql immutable security definer set search_path = pg_catalog, pg_temp as $$ select 'pgchan_0002' $$;
 
+-- Whether a body is one JSON string, as it may be joined to others at its quotation marks. Not one with the half of a
+-- surrogate pair: it would become a character together with the other half, and readers of halves disagree already.
+create or replace function pgchan.is_text(body bytea) returns boolean
+language plpgsql immutable security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  return convert_from(body, 'UTF8')
+    ~ '^"([^"\\\u0001-\u001f]|\\(["\\/bfnrt]|u([0-9a-ce-fA-CE-F][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2})))*"$';
+exception when character_not_in_repertoire then
+  return false;
+end $$;
+
+-- Rewrite a closed channel as its final text: what is not void, text joined to text of the same step, in as few messages
+-- as their size allows. removed: by how many messages it is shorter; 0: nothing was to be gained, so nothing was done, as
+-- when it is repeated. Outcomes: compacted, missing, open, failed (the run may be resumed), type (it does not hold JSON),
+-- long (more messages than one transaction should rewrite).
+--
+-- Positions are never given out twice, so the new messages stand behind the old ones: a reset without a step, which says
+-- that all before it is void; the text; and, for a run, the message that told of its end. The boundary moves to just
+-- before the reset, and the old rows go, in the same transaction. So whoever had read everything is told to drop it, and
+-- then the same once more; whoever stands in between is told Trimmed; nobody reads a mixture.
+-- Only the channel's row is locked. It is open until a run that is not over has ended, and how that has ended is in the
+-- same commit as the closing; of the ends only `failed` can be undone.
+-- Planned for each channel by itself: one of ten messages and one of a million want other joins.
+create or replace function pgchan.compact_channel(name text, out outcome text, out removed bigint)
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = force_custom_plan as $$
+declare
+  channel pgchan.channels;
+  state text;
+  one record;
+  joins boolean := false;  -- whether the message before can be joined to, …
+  step text;               -- its step, …
+  size bigint := 0;        -- and the bytes of text so far
+  starts bigint[] := '{}'; -- where each new message begins
+  ending boolean;
+  moment timestamptz;
+begin
+  perform pgchan.check_name(name);
+  perform pgchan.force_durability();
+  removed := 0;
+  select * into channel from pgchan.channels c where c.name = compact_channel.name for no key update;
+  if not found then
+    outcome := 'missing';
+    return;
+  end if;
+  select r.state into state from pgchan.runs r where r.channel_id = channel.id;
+  outcome := case when channel.closed_at is null then 'open'
+                  when state = 'failed' then 'failed'
+                  when lower(rtrim(split_part(channel.content_type, ';', 1))) <> 'application/json' then 'type'
+                  when channel.head - channel.trimmed > 250000 then 'long'
+                  else 'compacted' end;
+  if outcome <> 'compacted' then
+    return;
+  end if;
+  -- Keys of pgchan's own, which tell a replay what was said, have served their time; who has given a key of his own to a
+  -- message may look for it.
+  for one in
+    select m."position", m.step, octet_length(m.body) - 2 as size,
+           coalesce(m.key like 'pgchan:%', true) and pgchan.is_text(m.body) as joins
+    from pgchan.final_messages m
+    where m.channel_id = channel.id and m.kind = 0 and m."position" > channel.trimmed and m."position" <= channel.head
+    order by m."position"
+  loop
+    if joins and one.joins and one.step is not distinct from step and size + one.size <= 1048574 then
+      size := size + one.size;
+    else
+      starts := array_append(starts, one."position");
+      size := one.size;
+    end if;
+    joins := one.joins;
+    step := one.step;
+  end loop;
+  ending := state is not null and channel.head > channel.trimmed;
+  removed := greatest(0, channel.head - channel.trimmed - cardinality(starts) - 1 - ending::integer);
+  if removed = 0 then
+    return;
+  end if;
+  moment := clock_timestamp();
+  insert into pgchan.messages (channel_id, "position", at, kind, void_from, body)
+    values (channel.id, channel.head + 1, moment, 2, channel.trimmed + 1,
+            convert_to('{"type":"reset","from":' || channel.trimmed + 1 || '}', 'UTF8'));
+  -- What stands alone is moved, with its key, and without its body being copied if that is large.
+  with placed as (
+    select m."position", m.step, m.attempt, m.body, count(s.start) over (order by m."position") as n
+    from pgchan.final_messages m left join unnest(starts) s (start) on s.start = m."position"
+    where m.channel_id = channel.id and m.kind = 0 and m."position" > channel.trimmed and m."position" <= channel.head
+  ), joined as (
+    insert into pgchan.messages (channel_id, "position", at, kind, step, attempt, body)
+      select channel.id, channel.head + 1 + p.n, moment, 0, max(p.step), max(p.attempt),
+             '\x22'::bytea || string_agg(substr(p.body, 2, octet_length(p.body) - 2), '' order by p."position") || '\x22'
+      from placed p group by p.n having count(*) > 1
+  )
+  update pgchan.messages m
+    set "position" = channel.head + 1 + a.n, at = moment, key = case when m.key not like 'pgchan:%' then m.key end
+    from (select p.n, min(p."position") as "position" from placed p group by p.n having count(*) = 1) a
+    where m.channel_id = channel.id and m."position" = a."position";
+  if ending then
+    update pgchan.messages m set "position" = channel.head + 2 + cardinality(starts), at = moment
+      where m.channel_id = channel.id and m."position" = channel.head;
+  end if;
+  delete from pgchan.messages m
+    where m.channel_id = channel.id and m."position" > channel.trimmed and m."position" <= channel.head;
+  update pgchan.channels c
+    set trimmed = channel.head, head = channel.head + 1 + cardinality(starts) + ending::integer
+    where c.id = channel.id;
+end $$;
+
 -- Delete a channel and its messages; of a run that has ended, its journal too. Outcomes: deleted, missing, running. Past
 -- 10,000 messages, which take about a tenth of a second, the upkeep deletes them.
 create or replace function pgchan.delete_channel(name text) returns text
@@ -747,8 +853,8 @@ begin
 
   -- An administrator does all of it, and what loses or revives something.
   grant execute on routine
-    pgchan.trim_channel, pgchan.delete_channel, pgchan.resume, pgchan.fork, pgchan.call_fork, pgchan.set_retention,
-    pgchan.set_channel_retention
+    pgchan.trim_channel, pgchan.compact_channel, pgchan.delete_channel, pgchan.resume, pgchan.fork, pgchan.call_fork,
+    pgchan.set_retention, pgchan.set_channel_retention
     to pgchan_admin;
 end $$;
 

@@ -234,7 +234,7 @@ function showLog(message) {
   } else if (message.kind === "reset") {
     log("failed", `The server no longer has what this page has seen (${body.reason})`)
   } else if (message.kind === "control") {
-    if (body.type === "reset") log("void", `${body.step} starts over: what it said before is void`, message.at)
+    if (body.type === "reset" && body.step) log("void", `${body.step} starts over: what it said before is void`, message.at)
     if (body.type === "consumed") {
       interrupted.add(body.step)
       log("signal", `Signal ${body.signal} was consumed by ${body.step}`, message.at)

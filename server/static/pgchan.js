@@ -343,8 +343,9 @@ function field(event, line) {
  * Take the next message into `messages`, the list of those that stand, and return those that fall because of it.
  *
  * When a step is tried again and starts over, pgchan writes one control message {"type": "reset", step, attempt, from}:
- * what earlier attempts of that step published from that position on is void. When history was lost (`kind` "reset"),
- * everything falls. A page that gets an empty list back need only add; else it redraws what it shows of the fallen.
+ * what earlier attempts of that step published from that position on is void. Without a step, as in a channel that was
+ * compacted, all that was there from that position on falls; the text follows anew. When history was lost (`kind`
+ * "reset"), everything falls. A page that gets an empty list back need only add; else it redraws what it shows of the fallen.
  */
 export function fold(messages, message) {
   let fallen = []
@@ -352,7 +353,8 @@ export function fold(messages, message) {
     if (message.body.reason === "history_lost") fallen = messages.splice(0)
   } else if (message.kind === "control" && message.body?.type === "reset") {
     const { step, attempt, from } = message.body
-    const isVoid = (m) => m.kind === "message" && m.step === step && m.attempt < attempt && m.position >= from
+    const isOfStep = (m) => m.kind === "message" && m.step === step && m.attempt < attempt
+    const isVoid = (m) => m.position >= from && (step == null || isOfStep(m))
     fallen = messages.filter(isVoid)
     if (fallen.length) messages.splice(0, messages.length, ...messages.filter((m) => !isVoid(m)))
   }
