@@ -255,15 +255,15 @@ class AsyncChannel:
         """Rewrite this closed channel as its final text, and return by how many messages it became shorter.
 
         Text (bodies that are strings) is joined to the text of the same step that it follows, in as few messages as
-        BODY_BYTES_MAX allows; other bodies stay as they are, and so does what has a key. What is void, the signals and
-        all control messages go, but for a run's end. For a channel whose run has succeeded or was cancelled, or that
-        was closed; the run itself, its result and its journal stay as they are.
+        BODY_BYTES_MAX allows; other bodies stay as they are, and so does what was published with a key. What is void,
+        the signals and all control messages go, but for the one that tells of a run's end. For a channel that was
+        closed, or whose run has succeeded or was cancelled; the run itself, its result and its journal stay.
 
-        New messages stand behind the old ones, under new positions and times. They begin with a control message
-        {"type": "reset", "from": n}: all from n on to there is void. So a reader who comes late reads the text once; one
-        who had read it is told to drop it and reads the same again; one in the middle is told Trimmed before that.
-        attempt: the last that said some of the text. Keys of messages that were joined are forgotten.
-        One transaction, and a second call returns 0, so after Indefinite just call it again.
+        The new messages stand behind the old ones, under new positions and times. They begin with a control message
+        {"type": "reset", "from": n}: all from n on up to there is void. So a reader who comes late reads the text once;
+        one who had read it is told to drop it and reads the same again; one in between is told Trimmed before that.
+        `attempt` is the last that said some of the text. What set_retention() keeps by age counts from now.
+        It is one transaction, and doing it again changes nothing and returns 0: after Indefinite just call it again.
         Raises ChannelNotFound; InvalidInput if the channel is open, that of a failed run (which may be resumed), not
         JSON, or longer than 250,000 messages.
         """

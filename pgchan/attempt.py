@@ -49,7 +49,7 @@ LINGER_SECONDS = 1.0  # how long a run that only waits stays in memory
 STEP_SHOWN_SECONDS = 0.05  # a step that takes longer is recorded as started; shorter ones cost no extra row
 PREVIOUS_MESSAGES_MAX = 100_000  # what previous() can hold
 INBOX_SIGNALS_MAX = 1_000  # signals of a run that are read at once
-JOINED_BYTES_MAX = 16 << 10  # of text that is joined; past it another row costs nothing, and readers see text in portions
+JOINED_BYTES_MAX = 16 << 10  # of text that is joined to one message; past it another row costs nothing worth saving
 
 log = logging.getLogger("pgchan")
 

@@ -372,7 +372,7 @@ async def compact(db: Db, name: str) -> int:
         case "type":
             raise errors.InvalidInput(f"channel {name!r} does not hold JSON, so it has no text to join")
         case "long":
-            raise errors.InvalidInput(f"channel {name!r} has more than {COMPACTED_MESSAGES_MAX:,} messages; trim it first")
+            raise errors.InvalidInput(f"channel {name!r} holds over {COMPACTED_MESSAGES_MAX:,} messages; trim it first")
     return int(removed)
 
 

@@ -699,8 +699,9 @@ begin
   ), joined as (
     insert into pgchan.messages (channel_id, "position", at, kind, step, attempt, body)
       select channel.id, channel.head + 1 + p.n, moment, 0, max(p.step), max(p.attempt),
-             '\x22'::bytea || string_agg(substr(p.body, 2, octet_length(p.body) - 2), '' order by p."position") || '\x22'
-      from placed p group by p.n having count(*) > 1
+             '\x22'::bytea || string_agg(substr(p.body, 2, greatest(0, octet_length(p.body) - 2)), '' order by p."position")
+             || '\x22'
+      from placed p group by p.n having count(*) > 1  -- asked after the bodies of all were cut
   )
   update pgchan.messages m
     set "position" = channel.head + 1 + a.n, at = moment, key = case when m.key not like 'pgchan:%' then m.key end

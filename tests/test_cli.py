@@ -98,6 +98,16 @@ def test_publish_reads_a_message_from_each_line(run: Any, dsn: str) -> None:
         assert [message.body for message in client.channel("chat/42").read()] == [{"a": 1}, "ä", "one", "two"]
 
 
+def test_compact_prints_by_how_many_messages_a_channel_is_shorter(run: Any, dsn: str) -> None:
+    run("publish", "chat/42", "-", "--text", dsn=dsn, stdin=b"a\nb\nc\nd")
+    refused(run("compact", "chat/42", dsn=dsn), 2)
+    with pgchan.Client(dsn) as client:
+        client.channel("chat/42").close()
+    assert run("compact", "chat/42", dsn=dsn).out == "2\n"
+    assert run("compact", "chat/42", dsn=dsn).out == "0\n"
+    assert run("tail", "chat/42", "--after", "5", dsn=dsn).out == "6\tmessage\tabcd\n"
+
+
 def test_channels_are_listed(run: Any, dsn: str) -> None:
     for name in ("chat/1", "chat/2", "other"):
         run("publish", name, "1", dsn=dsn)

@@ -1,4 +1,7 @@
-"""Text that is joined on its way: cut up otherwise, and nothing else. What it says, its order and its safety stay."""
+"""Text that is joined on its way: cut up otherwise, and nothing else. What it says, its order and its safety stay.
+
+Long: whatever else an attempt writes must come behind the text that it holds, and each has a test.
+"""
 
 from __future__ import annotations
 
@@ -244,7 +247,7 @@ async def test_a_step_in_a_thread_joins_too(execute: Any) -> None:
     assert await told(handle) == ["abcdef", "<ended>"]
 
 
-# ------------------------------------------------------------------------------------------------ tries, signals, the end
+# ------------------------------------------------------------------------------------------------ tries and ends
 
 
 async def test_text_of_a_failed_try_is_void_and_stands_before_the_reset(execute: Any) -> None:

@@ -246,3 +246,16 @@ def test_fold_drops_what_a_reset_voids_and_nothing_else(browser: Chrome, server:
         for (const m of {json.dumps(told)}) fallen.push(...fold(standing, m))
         return [standing.map((m) => m.position), fallen.map((m) => m.position)]""")  # fmt: skip
     assert got == [[1, 2, 4, 6, 7], [3, 5]]
+
+
+def test_fold_drops_everything_where_a_channel_was_compacted(browser: Chrome, server: Server) -> None:
+    told = [
+        message(2), message(3, step="write", attempt=1), message(4, "stop", kind="signal"),
+        message(5, {"type": "ended"}, kind="control"), message(6, {"type": "reset", "from": 3}, kind="control"),
+        message(7, step="write", attempt=1),
+    ]  # fmt: skip
+    got = run(browser, f"""
+        const standing = [], fallen = []
+        for (const m of {json.dumps(told)}) fallen.push(...fold(standing, m))
+        return [standing.map((m) => m.position), fallen.map((m) => m.position)]""")  # fmt: skip
+    assert got == [[2, 6, 7], [3, 4, 5]]
