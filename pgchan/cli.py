@@ -246,7 +246,7 @@ def publish(dsn: str | None, as_json: bool, channel: str, body: str, key: str | 
 @_with_dsn
 @click.argument("channel")
 def compact(dsn: str | None, channel: str) -> None:
-    """Rewrite a closed CHANNEL, or that of an ended run, as its final text; print by how many messages it is shorter."""
+    """Rewrite a closed CHANNEL, or that of an ended run, as its final text; print how many messages that saves."""
     with _client(dsn) as client:
         print(client.channel(channel).compact())
 
