@@ -138,6 +138,7 @@ async def test_text_waits_no_longer_than_it_may(execute: Any, wait_until: Any) -
     reached, gate = asyncio.Event(), asyncio.Event()
 
     async def speak(run: pgchan.Run) -> None:
+        await asyncio.sleep(2 * attempt.STEP_SHOWN_SECONDS)  # that it has started is recorded, and ends no message
         await run.publish("a", wait=False, join=LONG)
         await run.publish("b", wait=False, join=0.005)  # what may wait the least decides
         reached.set()
@@ -155,7 +156,7 @@ async def test_text_waits_no_longer_than_it_may(execute: Any, wait_until: Any) -
         return await told(handle) == ["ab"]
 
     await wait_until(is_there)
-    assert time.monotonic() - began < LONG
+    assert time.monotonic() - began < LONG / 2
     gate.set()
     await handle.result(10)
     assert await told(handle) == ["ab", "c", "<ended>"]
@@ -372,6 +373,25 @@ async def test_a_run_that_fails_at_its_deadline_has_said_what_it_held(
     with pytest.raises(pgchan.RunFailed):
         await handle.result(10)
     assert await told(handle) == ["ab", "<ended>"]
+
+
+async def test_an_attempt_that_has_ended_holds_nothing(execute: Any) -> None:
+    found: list[Any] = []
+
+    async def speak(run: pgchan.Run) -> None:
+        await say(run, "ab")
+        if not found:
+            attempt = run._attempt
+            attempt.end("unavailable")  # as where the database stays away
+            found.extend((attempt._held, attempt._held_until))
+
+    async def flow(run: pgchan.Run) -> None:
+        await run.step(speak, run)
+
+    handle = await execute(flow)
+    await handle.result(10)
+    assert found == [None, None]
+    assert "".join(m for m in await told(handle, "final") if m[0] != "<") == "ab"
 
 
 async def test_a_worker_that_stops_says_what_it_held_before_it_hands_the_run_back(
