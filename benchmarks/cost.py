@@ -1,5 +1,9 @@
 """What do a thousand tokens, a run of ten steps and an idle process cost the database?
 
+The thousand tokens once more as a step of a run says them: all at once, and 5 ms apart as a model does; without
+joining, joined for a while, and after the channel was compacted. Bytes of table are what pgchan.messages takes with its
+indexes when it is packed (VACUUM FULL before and after); the letters are random, for equal ones would be compressed.
+
 Counts, not times: they are the same on every machine. Rows and commits are counted in the write-ahead log itself
 (pg_walinspect, PostgreSQL 15 and newer), so a server that others use at the time counts their work too. NOTIFYs are
 heard by a connection that listens to all of pgchan's names. Statements are those of pg_stat_statements, which the
@@ -14,6 +18,8 @@ import asyncio
 import contextlib
 import itertools
 import os
+import random
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -30,6 +36,10 @@ TOKEN = "x" * 32  # 34 bytes as JSON
 BATCH = 100
 RUNS = 32
 IDLE_SECONDS = 8.0
+LETTERS = "abcdefghijklmnopqrstuvwxyz "
+PACE_SECONDS = 0.005
+JOIN_SECONDS = (0.01, 0.05)  # 10 ms is not seen, 50 ms hardly
+JOINED_ROWS_MAX = {0.01: 500, 0.05: 120}  # of a thousand tokens, at that pace
 SETTLE_SECONDS = 0.3  # for wakeups that are still on their way
 COMMITS_PER_RUN_MAX = {1: 12.0, 32: 1.0}
 FLOOR_ROWS = """
@@ -138,6 +148,57 @@ async def tokens(report: Report, client: pgchan.AsyncClient, counter: Counter) -
     await floor.close()
 
 
+@pgchan.workflow
+async def stream(run: pgchan.Run, pace: float, join: float | None) -> None:
+    """One step says all the tokens."""
+
+    async def speak() -> None:
+        said = ["".join(random.choices(LETTERS, k=len(TOKEN))) for _ in range(TOKENS)]
+        begins = time.monotonic()
+        for number in range(TOKENS):
+            if pace:
+                await asyncio.sleep(max(0.0, begins + number * pace - time.monotonic()))
+            await run.publish(said[number], wait=False, join=join)
+
+    await run.step(speak)
+
+
+async def streams(
+    report: Report, client: pgchan.AsyncClient, counter: Counter, connection: asyncpg.Connection
+) -> None:  # fmt: skip
+    """Rows, log and table of a thousand tokens: as they come, joined, compacted."""
+
+    async def messages(channel: pgchan.AsyncChannel) -> int:
+        return sum(message.kind == "message" for message in await channel.read(limit=1000))
+
+    async def packed() -> int:
+        await connection.execute("vacuum full pgchan.messages")
+        return int(await connection.fetchval("select pg_total_relation_size('pgchan.messages')"))
+
+    async with working(client, 1, stream):
+        await (await client.start(stream, 0, None)).result(timeout=30)
+        for pace, joins in ((0.0, (None, JOIN_SECONDS[0])), (PACE_SECONDS, (*JOIN_SECONDS, None))):
+            for join in joins:
+                channel = client.channel(f"cost/{pace}/{join}")
+                size = await packed()
+
+                async def say(pace: float = pace, join: float | None = join, id: str = channel.name) -> None:
+                    await (await client.start(stream, pace, join, id=id)).result(timeout=60)
+
+                said = await counter.during(say)
+                taken = await packed() - size
+                name = f"1,000 tokens of a step, {f'{1e3 * pace:g} ms apart' if pace else 'at once'}"
+                name += ", not joined" if join is None else f", join={join:g}"
+                most = JOINED_ROWS_MAX.get(join or 0) if pace else None
+                report.figure(f"{name}: rows", "", await messages(channel), at_most=most)
+                report.figure(f"{name}: log", "B", said.wal)
+                report.figure(f"{name}: table", "B", taken)
+        compacted = await counter.during(channel.compact)
+        report.figure("the last of these, compacted: rows", "", await messages(channel), at_most=1)
+        report.figure("the last of these, compacted: log of that", "B", compacted.wal)
+        report.figure("the last of these, compacted: table", "B", await packed() - size)
+
+
 async def runs(report: Report, client: pgchan.AsyncClient, counter: Counter) -> None:
     """Runs of ten steps, from start to result, one after the other and all at once."""
 
@@ -197,6 +258,7 @@ async def measure(report: Report) -> None:
     await counter.start()
     async with pgchan.AsyncClient(report.dsn) as client:
         await tokens(report, client, counter)
+        await streams(report, client, counter, connection)
         await runs(report, client, counter)
     await idle(report, counter)
     await connection.close()
@@ -204,6 +266,6 @@ async def measure(report: Report) -> None:
 
 if __name__ == "__main__":
     main(
-        __doc__, measure, seconds=35,
+        __doc__, measure, seconds=55,
         settings={"shared_preload_libraries": "pg_stat_statements", "autovacuum": "off"},
     )  # fmt: skip

@@ -148,7 +148,8 @@ begin
     joins := one.joins;
     step := one.step;
   end loop;
-  ending := state is not null and channel.head > channel.trimmed;
+  ending := state is not null and channel.head > channel.trimmed and exists (
+    select from pgchan.messages m where m.channel_id = channel.id and m."position" = channel.head and m.kind = 2);
   removed := greatest(0, channel.head - channel.trimmed - cardinality(starts) - 1 - ending::integer);
   if removed = 0 then
     return;
