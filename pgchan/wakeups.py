@@ -142,7 +142,7 @@ class Hub:
         self._look_up_hinted = False  # whether a hint, not a sweep, asks for that
         self._looking = 0  # new followers whose channel is being looked up
         self._early: set[int] = set()  # channels that were heard of meanwhile, and not known yet
-        self._reading: list[int] = []  # the channels of the read that is under way
+        self._reading: dict[int, Followed] = {}  # what the read that is under way was asked for
         self._behind = False  # the last read left something over
         self.fruitless = 0  # reads in a row that found nothing: hints that were invented, or late
 
@@ -281,11 +281,11 @@ class Hub:
         dirty, self._dirty = self._dirty, {}
         if not dirty:
             return None
-        self._reading = list(dirty)
-        heads = [followed.head for followed in dirty.values()]
-        if len(dirty) == 1 and not self._behind and 0 < dirty[self._reading[0]].hinted - heads[0] <= MOVED_FEW:
-            return sql.READ_ONE, (self._reading[0], heads[0], MOVED_FEW)
-        return sql.READ_MOVED, (self._reading, heads, MOVED_MESSAGES_MAX, MOVED_BYTES_MAX)
+        self._reading = dirty
+        ids, heads = list(dirty), [followed.head for followed in dirty.values()]
+        if len(dirty) == 1 and not self._behind and 0 < dirty[ids[0]].hinted - heads[0] <= MOVED_FEW:
+            return sql.READ_ONE, (ids[0], heads[0], MOVED_FEW)
+        return sql.READ_MOVED, (ids, heads, MOVED_MESSAGES_MAX, MOVED_BYTES_MAX)
 
     def read(self, rows: Iterable[Row]) -> None:
         """Take in what the statement returned, in order of channel and position."""
@@ -295,8 +295,8 @@ class Hub:
             by_channel.setdefault(row[0], []).append(row)
         for channel_id, group in by_channel.items():
             followed = self._by_id.get(channel_id)
-            if followed is None:
-                continue
+            if followed is None or followed is not self._reading.get(channel_id):
+                continue  # nobody follows it any more; or others do since, who were looked up later than this was read
             found = self._read_one(followed, group or [_NO_CHANNEL]) or found
         self.fruitless = 0 if found else self.fruitless + 1
         self._behind = bool(self._dirty)

@@ -96,7 +96,7 @@ def test_bad_input_ends_with_2_and_one_line(main: Any, arguments: list[str]) -> 
 
 COMMANDS = [
     ["tail", "chat/42"], ["publish", "chat/42", "1"], ["channels"], ["start", "research"], ["signal", "r", "1"],
-    ["cancel", "r"], ["resume", "r"], ["runs"], ["show", "r"], ["migrate"], ["migrate", "base"],
+    ["cancel", "r"], ["compact", "c"], ["resume", "r"], ["runs"], ["show", "r"], ["migrate"], ["migrate", "base"],
     ["migrate", "--current"], ["doctor"],
 ]  # fmt: skip
 
@@ -201,10 +201,11 @@ def test_what_is_not_there_or_refused_is_1_and_changes_nothing(run: Any, dsn: st
     for arguments in (
         ["cancel", "nobody"], ["resume", "nobody"], ["show", "nobody"], ["signal", "nobody", "1"],
         ["publish", "chat/42", "2", "--key", "k"], ["publish", "closed", "1"], ["start", "v", "--id", "r"],
-        ["start", "w", "--id", "closed"], ["tail", "chat/42", "--after", "7"],
+        ["start", "w", "--id", "closed"], ["tail", "chat/42", "--after", "7"], ["compact", "nobody"],
     ):  # fmt: skip
         refused(run(*arguments, dsn=dsn), 1)
     refused(run("resume", "r", dsn=dsn), 2)
+    refused(run("compact", "r", dsn=dsn), 2)
     assert rows(dsn) == before
 
 

@@ -269,6 +269,30 @@ class ChannelModel(RuleBasedStateMachine):
         self.channel.close()
         self.closed = True
 
+    @precondition(lambda self: self.closed)
+    @rule()
+    def compact(self) -> None:
+        """Text without a key becomes one with the text before it, behind a reset; unless that would save nothing."""
+        kept = [Kept({"type": "reset", "from": self.trimmed + 1}, None, next(_numbers))]
+        for one in self.kept:
+            joins = one.key is None and isinstance(one.body, str)
+            if joins and kept[-1].key is None and isinstance(kept[-1].body, str):
+                kept[-1] = kept[-1]._replace(body=kept[-1].body + one.body)
+            else:
+                kept.append(one._replace(number=next(_numbers)))
+        saved = max(0, len(self.kept) - len(kept))
+        assert self.channel.compact() == saved
+        assert self.channel.compact() == 0
+        if saved:
+            self.leave()
+            self.trimmed, self.kept = self.head, kept
+
+    @precondition(lambda self: self.exists and not self.closed)
+    @rule()
+    def compact_what_is_open(self) -> None:
+        with pytest.raises(errors.InvalidInput):
+            self.channel.compact()
+
     @precondition(lambda self: self.closed or self.head > 5)
     @rule()
     def delete(self) -> None:

@@ -103,6 +103,18 @@ def test_after_a_reconnect_everything_is_read_and_everybody_told() -> None:
     assert hub.next_read() is not None
 
 
+def test_an_old_answer_is_not_taken_for_what_a_new_follower_stands_on() -> None:
+    """It was asked for those who have left. What has come since is behind it: a reader would be told of an early end."""
+    hub, followed = hub_with(head=5)
+    hub.heard("pgchan_1", f"17:{CHANGED}")
+    assert hub.next_read() is not None
+    hub.unfollow(followed)
+    followed, _ = hub.follow("a")
+    hub.looked_up([("a", 17, 7, AT, True, "application/json")], fresh=True)
+    hub.read([row(17, 5, 5, closed=True)])
+    assert (followed.head, followed.base) == (7, 7)
+
+
 def test_the_last_follower_takes_the_buffer_along() -> None:
     hub, followed = hub_with()
     hub.follow("a")
