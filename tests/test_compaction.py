@@ -365,28 +365,28 @@ async def test_what_was_trimmed_before_stays_with_those_who_have_read_it(client:
     assert text(before + await channel.read(after=before[-1].cursor)) == [(None, "aaabbb")]
 
 
-async def test_of_two_at_once_one_does_it(dsn: str, block_until: Callable[..., None]) -> None:
-    store(dsn, "c", *[b'"a"'] * 5)
-    with psycopg.connect(dsn) as first, psycopg.connect(dsn) as second:
+async def test_of_two_at_once_one_does_it(direct_dsn: str, block_until: Callable[..., None]) -> None:
+    store(direct_dsn, "c", *[b'"a"'] * 5)
+    with psycopg.connect(direct_dsn) as first, psycopg.connect(direct_dsn) as second:
         assert first.execute(COMPACT, ["c"]).fetchall() == [("compacted", 3)]
         other = asyncio.create_task(asyncio.to_thread(lambda: second.execute(COMPACT, ["c"]).fetchall()))
         waits = "select wait_event_type = 'Lock' from pg_stat_activity where pid = %s"
         pid = second.info.backend_pid
-        await asyncio.to_thread(block_until, lambda: query(dsn, waits, pid) == [(True,)])
+        await asyncio.to_thread(block_until, lambda: query(direct_dsn, waits, pid) == [(True,)])
         first.commit()
         assert await other == [("compacted", 0)]
-    assert query(dsn, "select convert_from(body, 'UTF8') from pgchan.messages where kind = 0") == [('"aaaaa"',)]
+    assert query(direct_dsn, "select convert_from(body, 'UTF8') from pgchan.messages where kind = 0") == [('"aaaaa"',)]
 
 
-async def test_who_dies_before_the_commit_has_done_nothing(dsn: str) -> None:
-    store(dsn, "c", *[b'"a"'] * 5)
-    before = rows(dsn)
-    with psycopg.connect(dsn) as connection:
+async def test_who_dies_before_the_commit_has_done_nothing(direct_dsn: str) -> None:
+    store(direct_dsn, "c", *[b'"a"'] * 5)
+    before = rows(direct_dsn)
+    with psycopg.connect(direct_dsn) as connection:
         assert connection.execute(COMPACT, ["c"]).fetchall() == [("compacted", 3)]
-        query(dsn, "select pg_terminate_backend(%s, 5000)", connection.info.backend_pid)
+        query(direct_dsn, "select pg_terminate_backend(%s, 5000)", connection.info.backend_pid)
         with pytest.raises(psycopg.OperationalError):
             connection.commit()
-    assert rows(dsn) == before
+    assert rows(direct_dsn) == before
 
 
 async def test_after_a_lost_answer_it_is_called_again(dsn: str, direct_dsn: str) -> None:

@@ -104,7 +104,7 @@ def test_after_a_reconnect_everything_is_read_and_everybody_told() -> None:
 
 
 def test_an_old_answer_is_not_taken_for_what_a_new_follower_stands_on() -> None:
-    """It was asked for those who have left. What has come since lies behind it: readers would be told of an early end."""
+    """It was asked for those who have left. What came since lies behind it: readers would hear of an early end."""
     hub, followed = hub_with(head=5)
     hub.heard("pgchan_1", f"17:{CHANGED}")
     assert hub.next_read() is not None
