@@ -53,6 +53,7 @@ create table floor.messages (
   primary key (channel_id, "position"));
 create unique index on floor.messages (channel_id, key) where key is not null;
 create index on floor.messages (channel_id, kind, "position") where kind <> 0;
+create index on floor.messages (channel_id, step, "position") where void_from is not null;
 create function floor.append(channel bigint, body bytea) returns bigint language plpgsql as $$
 declare
   placed bigint;

@@ -11,23 +11,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import statistics
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import asyncpg
-from _common import FLOOR_INSERT, Report, interleave, main, percentile
+from _common import FLOOR_INSERT, Report, interleave, main
 
 import pgchan
 
 TASKS = (1, 8, 32, 256)
 SECONDS = 0.6  # of one variant in one round
 STEPS_PER_RUN = 10
-TOKENS = 2_000
-JOIN_SECONDS = 0.01
 GROUPED_AT_LEAST = 8.0  # 32 tasks, against one
-TOKEN_MICROSECONDS_MAX = 100.0
 RESULT = "x" * 58  # 60 bytes as JSON
 RAW = b'"' + RESULT.encode() + b'"'
 FLOOR_GROUP = """
@@ -66,31 +62,12 @@ async def ten(run: pgchan.Run) -> str:
     return RESULT
 
 
-@pgchan.workflow
-async def talk(run: pgchan.Run, join: float | None = None) -> list[float]:
-    """What publish(wait=False) costs its caller, in µs: for each of many tokens."""
-    return await run.step(tokens, run, join)
-
-
-async def tokens(run: pgchan.Run, join: float | None) -> list[float]:
-    """The step that says them, letting the event loop go on after every tenth as a model's client would."""
-    costs = []
-    for number in range(TOKENS):
-        body = {"token": f"word{number}"} if join is None else f"word{number}"  # only text is joined
-        began = time.perf_counter()
-        await run.publish(body, wait=False, join=join)
-        costs.append((time.perf_counter() - began) * 1e6)
-        if number % 10 == 9:
-            await asyncio.sleep(0.001)
-    return costs
-
-
 @contextlib.asynccontextmanager
 async def working(
     client: pgchan.AsyncClient, concurrency: int, *workflows: pgchan.Workflow[Any, Any]
 ) -> AsyncIterator[None]:  # fmt: skip
     """A worker in this process, of these workflows or of those here."""
-    worker = pgchan.Worker(client, workflows or [many, ten, talk], concurrency=concurrency)
+    worker = pgchan.Worker(client, workflows or [many, ten], concurrency=concurrency)
     running = asyncio.create_task(worker.run(signals=False))
     try:
         await worker.wait_started()
@@ -187,23 +164,12 @@ async def runs(report: Report, client: pgchan.AsyncClient) -> None:
     await connection.close()
 
 
-async def publishing(report: Report, client: pgchan.AsyncClient) -> None:
-    """What publish(wait=False) costs its caller."""
-    for how, join in (("wait=False", None), (f"wait=False, join={JOIN_SECONDS}", JOIN_SECONDS)):
-        rounds = [await (await client.start(talk, join)).result(timeout=60) for _ in range(3)][1:]
-        costs = [cost for values in rounds for cost in values]
-        name = f"publish({how}), cost to the caller"
-        report.figure(f"{name}, mean", "µs", statistics.mean(costs), at_most=TOKEN_MICROSECONDS_MAX)
-        report.figure(f"{name}, p99", "µs", percentile(costs, 99))
-
-
 async def measure(report: Report) -> None:
     """All of it, in one process."""
     async with pgchan.AsyncClient(report.dsn) as client, working(client, max(TASKS)):
         await checkpoints(report, client)
         await runs(report, client)
-        await publishing(report, client)
 
 
 if __name__ == "__main__":
-    main(__doc__, measure, seconds=55)
+    main(__doc__, measure, seconds=50)
