@@ -38,6 +38,7 @@ TICK_SECONDS = 0.001  # what is due within it is due at its end
 LATE_MS_MAX = {10_000: {99: 3.0}, 50_000: {50: 3.0, 99: 10.0}}  # percentiles, by rate
 CORE_MAX = {50_000: {"publisher": 50.0, "reader": 30.0}}  # % of a core, by rate
 FLOOR_IDS = 1_000_000  # of the floor's channels, and above
+SOME = 50  # that are begun at a time
 ROWS = 1_000  # of a raw insert, and of one publish_many
 SATURATED_SECONDS = 0.6
 SATURATED_AT_LEAST = 0.4
@@ -136,8 +137,8 @@ async def say_ours(pipe: Pipe, dsn: str, channels: int) -> None:
         worker = pgchan.Worker(client, [stream], concurrency=channels, queues=["tokens"])
         running = asyncio.create_task(worker.run(signals=False))
         await worker.wait_started()
-        for number in range(0, channels, 50):
-            some = range(number, min(number + 50, channels))
+        for number in range(0, channels, SOME):
+            some = range(number, min(number + SOME, channels))
             await asyncio.gather(*(client.start(stream, n, id=f"tokens/{n}", queue="tokens") for n in some))
         while len(Speaker.everybody) < channels:  # noqa: ASYNC110 - before what is measured
             await asyncio.sleep(0.01)
@@ -165,14 +166,15 @@ async def read_ours(pipe: Pipe, dsn: str, channels: int) -> None:
     late: list[int] = []
     async with pgchan.AsyncClient(dsn, name="reader") as client:
 
-        async def read(number: int) -> None:
-            async for page in client.channel(f"tokens/{number}").tail(after="now").pages():
+        async def read(tail: pgchan.AsyncTail) -> None:
+            async for page in tail.pages():
                 now = time.monotonic_ns()
                 late.extend([now - int(message.raw[1:21]) for message in page if message.kind == "message"])
 
-        reading = [asyncio.create_task(read(number)) for number in range(channels)]
-        await asyncio.sleep(1.0)
-        await asyncio.gather(_answer(pipe, late), *reading)
+        tails = [client.channel(f"tokens/{number}").tail(after="now") for number in range(channels)]
+        for number in range(0, channels, SOME):  # each has to know where "now" is
+            await asyncio.gather(*(tail.next_page(0.01) for tail in tails[number : number + SOME]))
+        await asyncio.gather(_answer(pipe, late), *(read(tail) for tail in tails))
 
 
 async def say_floor(pipe: Pipe, dsn: str, channels: int) -> None:
