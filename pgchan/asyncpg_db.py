@@ -757,20 +757,16 @@ class Listener:
         for future in self._waiters.pop(followed, ()):
             _resolve(future, True)
 
-    async def changed(self, followed: Followed, seconds: float) -> None:
-        """Until the hub has news of the channel, or the time is over."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[bool] = loop.create_future()
-        self._waiters.setdefault(followed, []).append(future)
-        timer = loop.call_later(seconds, _resolve, future, False)
+    async def changed(self, followed: Followed, told: asyncio.Future[bool]) -> None:
+        """Until the hub has news of the channel, which makes `told` true, or `told` is false or cancelled."""
+        self._waiters.setdefault(followed, []).append(told)
         try:
-            await future
+            await told
         finally:
-            timer.cancel()
-            if future.cancelled() or not future.result():
+            if told.cancelled() or not told.result():
                 waiters = self._waiters.get(followed, [])
-                if future in waiters:
-                    waiters.remove(future)
+                if told in waiters:
+                    waiters.remove(told)
                 if not waiters:
                     self._waiters.pop(followed, None)
 
@@ -865,14 +861,21 @@ class Listener:
 
 
 class AsyncFollow:
-    """One reader's interest in a channel."""
+    """One reader's interest in a channel. It waits once at a time.
 
-    __slots__ = ("_done", "_listener", "followed")
+    A reader waits for a minute, and is told of news after milliseconds, thousands of times. So it has one timer, which
+    stays when there is news, and which looks when it strikes whether the wait of that moment is over.
+    """
+
+    __slots__ = ("_done", "_listener", "_timer", "_told", "_until", "followed")
 
     def __init__(self, listener: Listener, followed: Followed) -> None:
         self._listener = listener
         self.followed = followed
         self._done = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._told: asyncio.Future[bool] | None = None
+        self._until = 0.0
 
     @property
     def is_closed(self) -> bool:
@@ -885,14 +888,35 @@ class AsyncFollow:
 
     async def wait(self, seconds: float) -> None:
         """Until there is news, or the time is over."""
-        await self._listener.changed(self.followed, seconds)
+        loop = asyncio.get_running_loop()
+        self._until = loop.time() + seconds
+        if self._timer is None or self._timer.when() > self._until:
+            self._strike_at(loop, self._until)
+        self._told = loop.create_future()
+        await self._listener.changed(self.followed, self._told)
         self._listener.check_open()
+
+    def _strike_at(self, loop: asyncio.AbstractEventLoop, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = loop.call_at(when, self._strike, loop)
+
+    def _strike(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        if self._told is None or self._told.done():
+            return  # nobody waits; who does next has a new one
+        if self._until > loop.time():
+            self._strike_at(loop, self._until)
+        else:
+            _resolve(self._told, False)
 
     def unfollow(self) -> None:
         """See Follow."""
         if not self._done:
             self._done = True
             self._listener.hub.unfollow(self.followed)
+            if self._timer is not None and (self._told is None or self._told.done()):
+                self._timer.cancel()
 
 
 class AsyncEnding:
