@@ -306,14 +306,18 @@ class Hub:
         if head is None:
             self._gone(followed)
             return True
-        messages = [row_message(followed.name, followed.content_type, row[3:]) for row in group if row[3] is not None]
-        own = messages.pop(0) if messages and messages[0].position == followed.head else None
-        if own is not None and followed.head_us == 0:
-            followed.head_us = microseconds(own.at)
-        if head < followed.head or (own is not None and microseconds(own.at) != followed.head_us):
+        rows = [row for row in group if row[3] is not None]
+        own_us = None  # of the message read last, which is there to be compared
+        if rows and rows[0][3] == followed.head:
+            own_us = microseconds(rows.pop(0)[4])
+            followed.head_us = followed.head_us or own_us
+        messages = [row_message(followed.name, followed.content_type, row[3:]) for row in rows]
+        if head < followed.head or (own_us is not None and own_us != followed.head_us):
             # What was read before is not what is there now. Readers find the truth in the table.
-            last = messages[-1] if messages else own
-            followed.stand_at(last.position if last else head, microseconds(last.at) if last else 0)
+            if messages:
+                followed.stand_at(messages[-1].position, microseconds(messages[-1].at))
+            else:
+                followed.stand_at(min(head, followed.head), own_us or 0)
         elif messages and messages[0].position == followed.head + 1:
             followed.extend(messages)
         elif messages:  # trimmed past what we had
