@@ -35,7 +35,7 @@ SOCKET_PATH_BYTES_MAX = 100  # the kernel takes 107, macOS 103
 SOCKET_NAME = ".s.PGSQL.5432"
 ROOT_DATA = Path("/var/lib/pgchan")  # for root in a directory that the server's user may not enter
 
-SETTINGS = {"listen_addresses": "", "max_connections": "100", "log_min_messages": "warning"}
+SETTINGS = {"listen_addresses": "", "log_min_messages": "warning"}
 
 
 class Embedded:
