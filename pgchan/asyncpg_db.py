@@ -351,7 +351,8 @@ class AsyncpgDb:
         await self.writer.room()
         self.writer.put(entry, partial(_settle, future))
         outcome = await future
-        if outcome.word != "type" and entry.owner is None and outcome.channel_id is not None:
+        if outcome.channel_id not in (None, entry.channel_id) and outcome.word != "type" and entry.owner is None:
+            assert outcome.channel_id is not None
             self.learn(entry.name, Known(outcome.channel_id, entry.content_type))
         return outcome
 

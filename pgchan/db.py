@@ -64,7 +64,7 @@ class Entry:
         self.inbox = inbox
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: there is one per token, and each would cost a microsecond more
 class Outcome:
     """What became of an entry: a word of `pgchan.append`, and where the message is if it is stored."""
 
