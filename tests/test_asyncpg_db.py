@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import psycopg
@@ -231,6 +232,24 @@ async def test_many_first_readers_cost_one_check_and_one_listening_connection(
         tails = [client.channel(f"c/{number}").tail() for number in range(200)]
         await asyncio.gather(*(tail.next_page(0) for tail in tails))
     assert (roles.count("probe"), roles.count("listen")) == (1, 1)
+
+
+async def test_a_reader_waits_as_long_as_it_says_whatever_ended_the_wait_before(
+    client: pgchan.AsyncClient, wait_until: WaitUntil
+) -> None:
+    channel = client.channel("waits")
+    await channel.publish("first")
+    follow = await client._db.follow(channel.name)
+    for before, seconds in ((60.0, 0.2), (1.0, 1.4)):  # its timer is set for later, and for sooner
+        waiting = asyncio.create_task(follow.wait(before))
+        await wait_until(lambda: client._db.listener._waiters)
+        await channel.publish("news")
+        await waiting
+        began = time.monotonic()
+        await follow.wait(seconds)
+        assert seconds <= time.monotonic() - began < 10
+    follow.unfollow()
+    assert not client._db.listener._waiters
 
 
 async def test_what_waits_in_memory_is_bounded(
