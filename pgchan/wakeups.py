@@ -94,7 +94,9 @@ class Followed:
             own_us = self.base_us if after == self.base else microseconds(self.buffer[after - self.base - 1].at)
             if own_us != after_us:
                 return None
-        return list(islice(self.buffer, after - self.base, None))
+        newest = list(islice(reversed(self.buffer), self.head - after))  # mostly few, behind many that all have read
+        newest.reverse()
+        return newest
 
     def stand_at(self, head: int, head_us: int) -> None:
         """Forget the buffer and go on from this message."""
