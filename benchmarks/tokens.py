@@ -263,8 +263,8 @@ async def _answer(pipe: Pipe, late: list[int]) -> None:
 
 @dataclass(slots=True)
 class Stretch:
-    """What became of the tokens of some seconds. late: µs of each. cores: % of a core, by process. kept: the rate at
-    which they were delivered, of the rate at which they were due."""
+    """What became of the tokens of some seconds. late: µs of each. cores: by process, what the rate takes of a core, in
+    per cent; more than 100 where it cannot be kept. kept: the rate of delivery, of the rate at which they were due."""
 
     late: list[float]
     offered: int
@@ -300,7 +300,7 @@ class Pair:
             self.publisher.pipe.send((due, per_tick))
         late = await self.reader.ask(offered := per_tick * ticks)
         took = time.monotonic() - began
-        cores = {name: 100 * (cpu_seconds(*some) - used[name]) / took for name, some in pids.items()}
+        cores = {name: 100 * (cpu_seconds(*some) - used[name]) / seconds for name, some in pids.items()}
         acknowledged = await self.publisher.ask("acknowledged") - before
         return Stretch([value / 1e3 for value in late], offered, acknowledged, min(1.0, seconds / took), cores)
 
