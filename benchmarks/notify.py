@@ -27,7 +27,8 @@ from typing import Any
 import asyncpg
 import psycopg
 from _common import Pipe, Process, Report, interleave, main, percentile
-from tokens import CHANNELS, Pair, Stretch, flood, make_floor, read_floor, read_ours, say_floor, say_ours, speaking
+from steps import working
+from tokens import CHANNELS, Pair, Stretch, flood, make_floor, read_floor, read_ours, say_floor, say_ours
 
 import pgchan
 from pgchan.wakeups import LISTEN_NAMES
@@ -245,12 +246,12 @@ async def ask(pipe: Pipe, dsn: str) -> None:
 
 async def workers(report: Report, disk: Disk) -> None:
     """Runs by several clients, executed by one worker and by several; a queue for each number of workers."""
-    working = [
+    executing = [
         Process(work, report.dsn, [f"of-{count}" for count in WORKERS if number < count])
         for number in range(max(WORKERS))
     ]
     clients = [Process(ask, report.dsn) for _ in range(CLIENTS)]
-    for process in (*working, *clients):
+    for process in (*executing, *clients):
         await process.answer()
 
     async def runs(count: int, delay: int) -> list[int]:
@@ -261,7 +262,7 @@ async def workers(report: Report, disk: Disk) -> None:
         counts: collections.Counter[int] = collections.Counter()
         for client in clients:
             counts.update(await client.answer())
-        return [counts[worker.pid] for worker in working[:count]]
+        return [counts[worker.pid] for worker in executing[:count]]
 
     delays = disk.delays[::2]
     found = await interleave(
@@ -269,7 +270,7 @@ async def workers(report: Report, disk: Disk) -> None:
         **{f"{c}/{d}": lambda c=c, d=d: runs(c, d) for c in WORKERS for d in delays},
     )  # fmt: skip
     disk.slow(0)
-    for process in (*clients, *working):
+    for process in (*clients, *executing):
         process.kill()
     for delay in delays:
         alone = [sum(counts) / WORKING_SECONDS for counts in found[f"1/{delay}"]]
@@ -311,7 +312,7 @@ async def streams(report: Report, disk: Disk) -> None:
         kept = [s.kept for s in ours], [s.kept for s in floor]
         report.rates(f"{name}: of the rate, delivered in time", "", *kept, at_least=0.95)
 
-    async with pgchan.AsyncClient(report.dsn) as client, speaking(client):
+    async with pgchan.AsyncClient(report.dsn) as client, working(client, 10, flood):
 
         async def most(delay: int) -> float:
             disk.slow(delay)

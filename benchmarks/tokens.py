@@ -16,18 +16,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import itertools
 import math
 import os
 import statistics
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import asyncpg
 from _common import Pipe, Process, Report, cpu_seconds, due_times, interleave, main, percentile
+from steps import working
 
 import pgchan
 
@@ -43,6 +43,7 @@ ROWS = 1_000  # of a raw insert, and of one publish_many
 SATURATED_SECONDS = 0.6
 SATURATED_AT_LEAST = 0.4
 COST_TOKENS = 2_000
+JOIN_SECONDS = 0.01
 COST_MICROSECONDS_MAX = {"mean": 10.0, "p99": 50.0}
 END = 0  # due when a run is to end
 PAD = "x" * 78  # with 20 digits and two quotes: 100 bytes
@@ -392,7 +393,7 @@ async def saturated(report: Report) -> None:
 
         return await _rate(insert)
 
-    async with pgchan.AsyncClient(report.dsn) as client, speaking(client):
+    async with pgchan.AsyncClient(report.dsn) as client, working(client, 10, flood):
         channels = [client.channel(f"saturated/{number}") for number in range(ROWS)]
 
         async def many() -> float:
@@ -442,12 +443,13 @@ async def _until(end: float, publish: Any, body: str) -> int:
 
 async def cost(report: Report) -> None:
     """What publish(wait=False) costs its caller."""
-    async with pgchan.AsyncClient(report.dsn) as client, speaking(client):
-        rounds = [await (await client.start(talk)).result(timeout=60) for _ in range(3)][1:]
-    costs = [value for values in rounds for value in values]
-    name = "publish(wait=False), cost to the caller"
-    report.figure(f"{name}, mean", "µs", statistics.mean(costs), at_most=COST_MICROSECONDS_MAX["mean"])
-    report.figure(f"{name}, p99", "µs", percentile(costs, 99), at_most=COST_MICROSECONDS_MAX["p99"])
+    async with pgchan.AsyncClient(report.dsn) as client, working(client, 10, talk):
+        for how, join in (("wait=False", None), (f"wait=False, join={JOIN_SECONDS}", JOIN_SECONDS)):
+            rounds = [await (await client.start(talk, join)).result(timeout=60) for _ in range(3)][1:]
+            costs = [value for values in rounds for value in values]
+            name = f"publish({how}), cost to the caller"
+            report.figure(f"{name}, mean", "µs", statistics.mean(costs), at_most=COST_MICROSECONDS_MAX["mean"])
+            report.figure(f"{name}, p99", "µs", percentile(costs, 99), at_most=COST_MICROSECONDS_MAX["p99"])
 
 
 @pgchan.workflow
@@ -468,34 +470,22 @@ async def say_all(run: pgchan.Run, seconds: float) -> int:
 
 
 @pgchan.workflow
-async def talk(run: pgchan.Run) -> list[float]:
+async def talk(run: pgchan.Run, join: float | None = None) -> list[float]:
     """What each of many tokens costs its caller, in µs."""
-    return await run.step(say_some, run)
+    return await run.step(say_some, run, join)
 
 
-async def say_some(run: pgchan.Run) -> list[float]:
+async def say_some(run: pgchan.Run, join: float | None) -> list[float]:
     """The step, which lets the event loop go on after every tenth."""
     costs = []
     for number in range(COST_TOKENS):
+        body = {"token": f"word{number}"} if join is None else f"word{number}"  # only text is joined
         began = time.perf_counter()
-        await run.publish({"token": f"word{number}"}, wait=False)
+        await run.publish(body, wait=False, join=join)
         costs.append((time.perf_counter() - began) * 1e6)
         if number % 10 == 9:
             await asyncio.sleep(0.001)
     return costs
-
-
-@contextlib.asynccontextmanager
-async def speaking(client: pgchan.AsyncClient) -> AsyncIterator[None]:
-    """A worker in this process."""
-    worker = pgchan.Worker(client, [flood, talk])
-    running = asyncio.create_task(worker.run(signals=False))
-    try:
-        await worker.wait_started()
-        yield
-    finally:
-        worker.stop()
-        await running
 
 
 def _rounds(report: Report) -> int:
