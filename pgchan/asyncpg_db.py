@@ -555,7 +555,7 @@ class Writer:
         locked = batch.refused_for_now(outcomes)
         for queued, outcome in zip(batch.queued, outcomes, strict=True):
             if queued.settle is not None and queued not in locked:
-                queued.settle(outcome)
+                queued.settle(queued.entry, outcome)
         if locked:
             now = time.monotonic()
             self._waiting.set_aside([queued for queued in locked if queued.deadline > now], now)
@@ -638,7 +638,7 @@ class Writer:
             for index, queued in enumerate(batch.queued):
                 if (outcome := found.get(index)) is not None:
                     if queued.settle is not None:
-                        queued.settle(outcome)
+                        queued.settle(queued.entry, outcome)
                 elif queued.entry.key is not None:
                     rest.append(queued)
                 else:
@@ -973,7 +973,7 @@ def _resolve(future: asyncio.Future[bool], news: bool) -> None:
         future.set_result(news)
 
 
-def _settle(future: asyncio.Future[Outcome], outcome: Outcome | errors.Error) -> None:
+def _settle(future: asyncio.Future[Outcome], _entry: Entry, outcome: Outcome | errors.Error) -> None:
     if future.done():
         return
     if isinstance(outcome, errors.Error):
@@ -985,7 +985,7 @@ def _settle(future: asyncio.Future[Outcome], outcome: Outcome | errors.Error) ->
 def _settle_all(queued: list[Queued], error: errors.Error) -> None:
     for one in queued:
         if one.settle is not None:
-            one.settle(error)
+            one.settle(one.entry, error)
 
 
 async def _is_cut(connection: Connection) -> bool:

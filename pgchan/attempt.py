@@ -44,6 +44,7 @@ from pgchan.wakeups import Watch
 if TYPE_CHECKING:
     from pgchan.asyncpg_db import AsyncpgDb, Writer
     from pgchan.workflows import Workflow
+    from pgchan.writer import Settle
 
 LINGER_SECONDS = 1.0  # how long a run that only waits stays in memory
 STEP_SHOWN_SECONDS = 0.05  # a step that takes longer is recorded as started; shorter ones cost no extra row
@@ -131,6 +132,7 @@ class Attempt:
         self._parked: set[_Parked] = set()
         self._suspending: asyncio.Task[None] | None = None
         self._unsettled = 0
+        self._settle_soon = self._settled_soon  # bound once: objects that live until the commit cost the collector
         self._settled = asyncio.Event()
         self._gate: asyncio.Event | None = None  # set while a transaction commits: nobody else writes
         self._deferred: list[Entry] = []  # what could not wait for the gate
@@ -265,17 +267,16 @@ class Attempt:
     def _put_soon(self, entry: Entry) -> None:
         self._let_go()
         self._unsettled += 1
+        self._writer.put(entry, self._settle_soon)
 
-        def settled(outcome: Outcome | errors.Error) -> None:
-            self._unsettled -= 1
-            if not self._unsettled:
-                self._settled.set()
-            try:
-                self._judge(entry, outcome)
-            except errors.Error as error:
-                self._refused = self._refused or error
-
-        self._writer.put(entry, settled)
+    def _settled_soon(self, entry: Entry, outcome: Outcome | errors.Error) -> None:
+        self._unsettled -= 1
+        if not self._unsettled:
+            self._settled.set()
+        try:
+            self._judge(entry, outcome)
+        except errors.Error as error:
+            self._refused = self._refused or error
 
     async def flushed(self) -> None:
         """Until everything handed to the writer, or held, is written. Raises what was refused."""
@@ -669,12 +670,12 @@ class _Receipt:
         self._outcomes: list[Outcome | errors.Error | None] = [None] * count
         self._left = count
 
-    def settle_only(self, outcome: Outcome | errors.Error) -> None:
+    def settle_only(self, _entry: Entry, outcome: Outcome | errors.Error) -> None:
         if not self.future.done():
             self.future.set_result([outcome])
 
-    def settle(self, index: int) -> Callable[[Outcome | errors.Error], None]:
-        def settled(outcome: Outcome | errors.Error) -> None:
+    def settle(self, index: int) -> Settle:
+        def settled(_entry: Entry, outcome: Outcome | errors.Error) -> None:
             self._outcomes[index] = outcome
             self._left -= 1
             if not self._left and not self.future.done():

@@ -411,7 +411,7 @@ class _Receipt:
         self.leads = False
         self.is_given_up = False  # its thread was interrupted
 
-    def settle(self, outcome: Outcome | errors.Error) -> None:
+    def settle(self, _entry: Entry, outcome: Outcome | errors.Error) -> None:
         self.outcome = outcome
         self.event.set()
 
@@ -482,7 +482,7 @@ class _Writer:
             self._db.stats["entries"] += len(batch.queued)
             for queued, outcome in zip(batch.queued, batch.outcomes(row), strict=True):
                 assert queued.settle is not None
-                queued.settle(outcome)
+                queued.settle(queued.entry, outcome)
 
     def _connected(self) -> Connection:
         if self._connection is not None and self._connection.is_cut:
@@ -511,7 +511,7 @@ class _Writer:
             elif len(batch.queued) > 1 and not isinstance(error, errors.Unavailable | errors.Indefinite):
                 again.append(queued)  # one entry that the server refuses must not take the others along
             else:
-                queued.settle(error)
+                queued.settle(queued.entry, error)
         if again and not isinstance(error, errors.Unavailable | errors.Indefinite):
             for queued in again:
                 alone = Batch()
@@ -529,11 +529,11 @@ class _Writer:
         try:
             row = self._connected().execute(*batch.call(batch.lock_wait)).fetchone()
             assert row is not None
-            queued.settle(batch.outcomes(row)[0])
+            queued.settle(queued.entry, batch.outcomes(row)[0])
         except errors.Error as error:
-            queued.settle(error)
+            queued.settle(queued.entry, error)
         except DRIVER_ERRORS as error:
-            queued.settle(translate(error, writing=True))
+            queued.settle(queued.entry, translate(error, writing=True))
 
     def close(self) -> None:
         """Let the threads that are publishing finish, then hang up."""

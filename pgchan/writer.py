@@ -38,7 +38,7 @@ WAITING_ENTRIES_MAX = 50_000
 LOCK_WAIT_MS = 50  # longer than any transaction of pgchan's own; a caller's may last for seconds
 LOCK_RETRY_SECONDS = 0.05  # how long entries of a locked channel are set aside
 
-Settle = Callable[["Outcome | Error"], None]
+Settle = Callable[["Entry", "Outcome | Error"], None]
 
 
 @dataclass(slots=True, eq=False)
