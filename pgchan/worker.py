@@ -447,6 +447,8 @@ class Worker:
         except (errors.Unavailable, errors.Indefinite) as error:
             log.warning("run %s goes back to its queue: %s", claimed.run, error)
             attempt.end("unavailable")
+        except (errors.SchemaMismatch, errors.UnsafeDeployment) as error:
+            await self._cut_short(attempt, error)  # between this code and the database; the run has done nothing wrong
         except Exception as error:
             if attempt.over is None:
                 await self._fail(attempt, error)

@@ -56,8 +56,8 @@ ROUTINES = {
     },
     NOBODY: {
         "append_one", "check_body", "check_key", "check_name", "enqueue_many", "finish_many", "force_durability",
-        "grant_roles", "hold_families",
-        "lock_channels", "lock_runs", "open_signals", "owns", "settle", "supersede", "delete_removed",
+        "grant_roles", "hold_families", "hold_family",
+        "lock_channels", "lock_runs", "open_signals", "owns", "settle", "settle_many", "supersede", "delete_removed",
         "is_text", "remove_channels", "remove_ended", "remove_expired", "remove_free", "trim_kept",
     },
 }  # fmt: skip
@@ -287,7 +287,7 @@ IN_SQL = {
     "alter table pgchan.messages add column mine integer": NOBODY,
     "drop function pgchan.version()": NOBODY,
     "grant pgchan_admin to current_user": NOBODY,
-    "select pgchan.settle('{1}', '{succeeded}', null, null)": NOBODY,
+    "select pgchan.settle(1, 'succeeded', null, null)": NOBODY,
     "select pgchan.append_one(1, 2, null, null, '{}')": NOBODY,
     "select pgchan.supersede('{1}')": NOBODY,
 }

@@ -323,3 +323,20 @@ async def test_a_worker_that_is_stopped_while_the_database_is_away_ends_soon_aft
         await workers.start(work)
         assert await handle.result(20) == "done"
         await workers.close()
+
+
+async def test_what_is_wrong_between_code_and_database_does_not_fail_a_run(
+    client: pgchan.AsyncClient, dsn: str, workers: Workers, crowd: Crowd, wait_until: Callable[..., Any]
+) -> None:
+    """Its end cannot be recorded for a while, as in the middle of a deploy that goes wrong."""
+    await workers.start(crowd.meet)
+    handle = await client.start(crowd.meet)
+    await wait_until(lambda: crowd.inside)
+    query(dsn, "alter routine pgchan.call_finish rename to call_finish_later")
+    crowd.gate.set()
+    attempts = "select attempt from pgchan.runs"
+    await wait_until(lambda: query(dsn, attempts)[0][0] > 2)
+    assert (await handle.status()).state in ("scheduled", "running")
+    query(dsn, "alter routine pgchan.call_finish_later rename to call_finish")
+    assert await handle.result(10) is None
+    assert crowd.total == 1

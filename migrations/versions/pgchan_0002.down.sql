@@ -79,7 +79,7 @@ drop routine pgchan.hold_families(bigint[]);
 
 drop routine pgchan.finish_many(bigint[], bigint[], text[], bytea[], bytea[]);
 
-drop routine pgchan.settle(bigint[], text[], bytea[], bytea[]);
+drop routine pgchan.settle_many(bigint[], text[], bytea[], bytea[]);
 
 drop routine pgchan.try_finish_many(bigint[], bigint[], text[], bytea[], bytea[], integer);
 

@@ -42,10 +42,6 @@ begin
   perform set_config('lock_timeout', before, true);
 end $$;
 
-drop routine pgchan.hold_family(bigint);
-
-drop routine pgchan.settle(bigint, text, bytea, bytea);
-
 alter table pgchan.channels
   add column keep_messages bigint,
   add column keep_seconds double precision;
@@ -657,7 +653,7 @@ begin
     from unnest(runs, epochs) with ordinality g (run, epoch, n)
     left join pgchan.runs r on r.channel_id = g.run and r.state = 'running'
     left join pgchan.channels c on c.id = r.channel_id and c.epoch = g.epoch;
-  ready := pgchan.settle(owned, states, results, errors);
+  ready := pgchan.settle_many(owned, states, results, errors);
 end $$;
 
 -- One of them.
@@ -670,7 +666,7 @@ $$;
 
 -- What `finish_many` and `cancel` have in common, once they hold the families. Runs that are null are passed over. Returns
 -- the queues of parents that wait.
-create or replace function pgchan.settle(runs bigint[], states text[], results bytea[], errors bytea[]) returns text[]
+create or replace function pgchan.settle_many(runs bigint[], states text[], results bytea[], errors bytea[]) returns text[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 declare
@@ -717,6 +713,18 @@ begin
   end if;
   return ready;
 end $$;
+
+-- With these a call of pgchan_0001 goes on which the migration found under way: it has its old text, and had to wait for a
+-- table. They go with the revision that does not serve it any more.
+create or replace function pgchan.hold_family(run bigint) returns void
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  select pgchan.hold_families(array[run])
+$$;
+
+create or replace function pgchan.settle(run bigint, state text, result bytea, error bytea) returns text
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  select (pgchan.settle_many(array[run], array[state], array[result], array[error]))[1]
+$$;
 
 -- `finish_many`, if each lock that it needs is free within lock_wait ms; else all outcomes are locked, and nothing is done.
 -- heads: for `wake`.
@@ -767,7 +775,7 @@ begin
   if target.ended_at is not null then
     return false;
   end if;
-  ready := pgchan.settle(array[target.channel_id], array['cancelled'], null, null);
+  ready := pgchan.settle_many(array[target.channel_id], array['cancelled'], null, null);
   perform pgchan.wake(array[target.channel_id], array[-1], false, ready);
   return true;
 end $$;
