@@ -24,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -271,6 +271,16 @@ def _database(server: str) -> Iterator[str]:
         yield dsn
     finally:
         asyncio.run(_execute(server, f"drop database {name} with (force)"))
+
+
+@contextlib.asynccontextmanager
+async def another_database(dsn: str) -> AsyncIterator[str]:
+    """One more database like that of the benchmark, on the same server: its DSN."""
+    with contextlib.ExitStack() as stack:
+        try:
+            yield await asyncio.to_thread(stack.enter_context, _database(dsn))
+        finally:
+            await asyncio.to_thread(stack.close)
 
 
 async def _execute(dsn: str, statement: str) -> None:

@@ -399,8 +399,7 @@ async def listing(db: Db, *, after: str = "", prefix: str = "", limit: int = 100
     names.check_limit(limit)
     names.check_beginning(prefix, "prefix")
     names.check_beginning(after, "after")
-    pattern = prefix.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
-    return [ChannelInfo(*row) for row in await db.fetch(sql.CHANNELS, after, pattern, limit)]
+    return [ChannelInfo(*row) for row in await db.fetch(sql.CHANNELS, after, prefix, limit)]
 
 
 def without_void(messages: list[Message]) -> list[Message]:

@@ -19,6 +19,9 @@
 --   * A procedure that commits may be neither SECURITY DEFINER nor have a SET clause. So procedures are bare: every name
 --     is qualified, they hold no operator and decide nothing. Functions are SECURITY DEFINER with a pinned search_path.
 --   * Refusals that belong to one entry of a batch are outcomes (text), not exceptions: the other entries go ahead.
+--   * What runs go through plans each statement once per session (plan_cache_mode). A session of a pool would do it anew
+--     for each call, since for one run instead of some a plan looks cheaper: half of the time of a claim. So that plans
+--     which were made for empty tables are right for full ones they use indexes in any case (enable_seqscan).
 
 create schema if not exists pgchan;
 
@@ -867,12 +870,13 @@ create function pgchan.remove_expired(
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   ids bigint[];
+  moment timestamptz := clock_timestamp();  -- no index serves a comparison with the function itself
 begin
   reached := after;
   if most > 0 then
     select array_agg(d.id), max(d.expires_at) into ids, reached from (
       select c.id, c.expires_at from pgchan.channels c
-      where c.expires_at <= clock_timestamp() and c.expires_at > coalesce(after, '-infinity')
+      where c.expires_at <= moment and c.expires_at > coalesce(after, '-infinity')
       order by c.expires_at limit 500) d;
     if coalesce(cardinality(ids), 0) < 500 then
       reached := null;
@@ -890,6 +894,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   ids bigint[];
   seen integer := 0;
+  before timestamptz := clock_timestamp() - make_interval(secs => seconds);
 begin
   reached := after;
   if most > 0 then
@@ -898,7 +903,7 @@ begin
           select from pgchan.runs p join pgchan.channels j on j.id = p.journal_id
           where p.channel_id = r.parent and r.created_at >= j.created_at) as may_go
       from pgchan.runs r join pgchan.channels c on c.id = r.channel_id
-      where r.ended_at < clock_timestamp() - make_interval(secs => seconds)
+      where r.ended_at < before
         and r.ended_at > coalesce(after, '-infinity')
       order by r.ended_at limit 500) d;
     if seen < 500 then
@@ -998,9 +1003,8 @@ begin
       exit;
     end if;
   end loop;
-  perform from pgchan.channels c
-    where (c.keep_messages is not null or c.keep_seconds is not null) and c.id > coalesce(reached, 0);
-  if not found then
+  if not exists (select from pgchan.channels c
+                 where (c.keep_messages is not null or c.keep_seconds is not null) and c.id > coalesce(reached, 0)) then
     reached := null;
   end if;
 end $$;
@@ -1013,7 +1017,8 @@ create function pgchan.enqueue_many(
   runs text[], workflows text[], versions text[], queues text[], priorities integer[], delays double precision[],
   timeouts double precision[], inputs bytea[], parents bigint[],
   out outcomes text[], out ready text[])
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
 #variable_conflict use_column
 begin
   perform pgchan.check_name(g.run) from unnest(runs) g (run);
@@ -1112,7 +1117,8 @@ end $$;
 create function pgchan.claim(worker integer, queues text[], workflows text[], most integer)
 returns table (channel_id bigint, run text, journal_id bigint, workflow text, input bytea, attempt integer, epoch bigint,
                speaks_from bigint, deadline timestamptz, head bigint, journal_head bigint, now timestamptz)
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
 #variable_conflict use_column
 declare
   one text;
@@ -1236,7 +1242,8 @@ end $$;
 -- too; a parent that waits becomes ready. Outcomes: finished, fenced. ready: queues of parents that must be woken.
 create function pgchan.finish_many(
   runs bigint[], epochs bigint[], states text[], results bytea[], errors bytea[], out outcomes text[], out ready text[])
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
 #variable_conflict use_column
 declare
   owned bigint[];  -- null where another epoch owns the run
@@ -1389,7 +1396,8 @@ $$;
 -- happened: a signal past `seen`, the end of one of the children. The row lock puts this in order with `deliver`.
 create function pgchan.suspend(run bigint, epoch bigint, wake_at timestamptz, seen bigint, children text[])
 returns text
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
 #variable_conflict use_column
 begin
   perform pgchan.force_durability();
@@ -1415,7 +1423,8 @@ end $$;
 -- Give runs that a worker holds back to their queues; those that it no longer owns are passed over, and with lock_wait
 -- those whose channel a caller's open transaction has locked. Returns the queues.
 create function pgchan.release(worker integer, runs bigint[], lock_wait integer default null) returns text[]
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
 #variable_conflict use_column
 declare
   mine bigint[];
@@ -1444,7 +1453,8 @@ end $$;
 create function pgchan.deliver(
   run text, body bytea, key text,
   out outcome text, out channel_id bigint, out "position" bigint, out at timestamptz, out head bigint, out ready text)
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
 #variable_conflict use_column
 declare
   target pgchan.runs;

@@ -88,12 +88,21 @@ select c.name, c.head, c.trimmed, c.epoch, c.closed_at is not null, c.content_ty
 from pgchan.channels c where c.name = $1::text
 """
 
-# Channels by name, page by page; $2 is a LIKE pattern of the prefix.
+# Channels by name, page by page; $2 is the beginning of the names. In two halves, for between them stand the journals
+# of all runs, which a plain `not like` would read and drop. The bounds are comparisons, not a LIKE: from a pattern that
+# is a parameter no plan can tell where to begin. "~" is the greatest character of a name, ";" the one after ":".
 CHANNELS = """
 select c.name, c.head, c.trimmed, c.epoch, c.closed_at is not null, c.content_type, c.created_at, c.expires_at,
        c.keep_messages, c.keep_seconds
-from pgchan.channels c
-where c.name not like 'pgchan:%' and c.name > $1::text and c.name like $2::text order by c.name limit $3::integer
+from (
+  (select b.* from pgchan.channels b
+   where b.name > $1::text and b.name >= $2::text and b.name <= $2::text || repeat('~', 200) and b.name < 'pgchan:'
+   order by b.name limit $3::integer)
+  union all
+  (select a.* from pgchan.channels a
+   where a.name > $1::text and a.name >= $2::text and a.name <= $2::text || repeat('~', 200) and a.name >= 'pgchan;'
+   order by a.name limit $3::integer)) c
+order by c.name limit $3::integer
 """
 
 # A channel's type, before its first publish from this process.
@@ -222,13 +231,15 @@ select j.name
 from pgchan.channels c join pgchan.runs r on r.channel_id = c.id join pgchan.channels j on j.id = r.journal_id
 where c.name = $1::text
 """
-# Newest first. `after` is the id of the last run of the page before; $5 null: from the newest.
+# Newest first. $5 is the id of the last run of the page before; null: from the newest. Its time is compared alone, too,
+# or the index on times could not tell where the page begins: the pair is of two tables.
 RUNS = """
 select s.id, s.workflow, s.queue, s.priority, s.state, s.attempt, s.worker, s.step, s.error ->> 'type',
        s.error ->> 'message', s.created_at, s.started_at, s.ended_at, s.wake_at
 from pgchan.run_status s
 where ($1::text is null or s.state = $1::text) and ($2::text is null or s.workflow = $2::text)
   and ($3::text is null or s.queue = $3::text)
+  and s.created_at <= coalesce((select a.created_at from pgchan.run_status a where a.id = $5::text), 'infinity')
   and ($5::text is null
        or (s.created_at, s.id) < (select a.created_at, a.id from pgchan.run_status a where a.id = $5::text))
 order by s.created_at desc, s.id desc limit $4::integer
@@ -248,10 +259,15 @@ select r.workflow, count(*) from pgchan.runs r
 where r.state = 'scheduled' and r.wake_at is null and r.queue = any ($1::text[]) and r.workflow <> all ($2::text[])
 group by r.workflow order by r.workflow limit 100
 """
-# Whether a run of these queues and workflows is ready, and in how many seconds the next timer is due. A mere look.
+# Whether a run of these queues and workflows is ready, and in how many seconds the next timer is due. A mere look, at
+# the first run of each queue. Without the order a planner that knows of many ready runs takes the first that it meets
+# in the table, behind all that have ended.
 READY = """
-select exists (select from pgchan.runs r where r.state = 'scheduled' and r.wake_at is null
-                 and r.queue = any ($1::text[]) and r.workflow = any ($2::text[])),
+select exists (select from unnest($1::text[]) q (name) cross join lateral (
+                 select from pgchan.runs r
+                 where r.state = 'scheduled' and r.wake_at is null
+                   and r.queue = q.name and r.workflow = any ($2::text[])
+                 order by r.priority desc, r.created_at limit 1) f),
        (select extract(epoch from min(r.wake_at) - clock_timestamp())::double precision
         from pgchan.runs r where r.wake_at is not null and r.state in ('scheduled', 'waiting'))
 """
@@ -366,15 +382,16 @@ from (select 1) one left join lateral (
   order by age(a.backend_xmin) desc limit 1) s on true
 """
 # How long ended runs are kept; how many channels and runs, counted up to 10,000, the `upkeep` should have removed ten
-# minutes ago; how many messages of removed channels are left.
+# minutes ago; how many messages of removed channels are left. An index serves a comparison with now();
+# clock_timestamp() is another value for each row.
 UPKEEP_BACKLOG = """
 select p.ended_runs,
        (select count(*) from (
-          select from pgchan.channels c where c.expires_at < clock_timestamp() - interval '10 minutes'
+          select from pgchan.channels c where c.expires_at < now() - interval '10 minutes'
             and not exists (select from pgchan.runs r where r.channel_id = c.id and r.ended_at is null) limit 10000) e),
        (select count(*) from (
           select from pgchan.runs r join pgchan.channels c on c.id = r.channel_id
-          where r.ended_at < clock_timestamp() - make_interval(secs => p.ended_runs) - interval '10 minutes'
+          where r.ended_at < now() - make_interval(secs => p.ended_runs) - interval '10 minutes'
             and c.expires_at is null and not exists (
               select from pgchan.runs o join pgchan.channels j on j.id = o.journal_id
               where o.channel_id = r.parent and r.created_at >= j.created_at) limit 10000) e),
@@ -384,7 +401,7 @@ from pgchan.retention p
 # How many runs have been ready for a minute.
 LATE_RUNS = """
 select count(*) from pgchan.runs r
-where r.state = 'scheduled' and r.wake_at is null and r.created_at < clock_timestamp() - interval '1 minute'
+where r.state = 'scheduled' and r.wake_at is null and r.created_at < now() - interval '1 minute'
 """
 # Sessions that hold the lock of a worker, or of an id that a worker may get, and are not the one that its row names.
 STRANGERS = """

@@ -302,6 +302,95 @@ begin
   return ready;
 end $$;
 
+-- Let a run leave memory until a signal, a child's end or wake_at. False if something that it waits for has already
+-- happened: a signal past `seen`, the end of one of the children. The row lock puts this in order with `deliver`.
+create or replace function pgchan.suspend(run bigint, epoch bigint, wake_at timestamptz, seen bigint, children text[])
+returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+begin
+  perform pgchan.force_durability();
+  if not pgchan.owns(run, epoch) then
+    return 'fenced';
+  end if;
+  perform from pgchan.messages m where m.channel_id = run and m.kind = 1 and m."position" > seen;
+  if found then
+    return 'ready';
+  end if;
+  perform from pgchan.channels c join pgchan.runs r on r.channel_id = c.id
+    where c.name = any (children) and r.ended_at is not null;
+  if found then
+    return 'ready';
+  end if;
+  perform pgchan.supersede(array[run]);
+  -- At its deadline a run that waits is claimed once more, to fail. `least` passes over nulls.
+  update pgchan.runs r set state = 'waiting', worker = null, wake_at = least(suspend.wake_at, r.deadline)
+    where r.channel_id = run;
+  return 'waiting';
+end $$;
+
+-- Give runs that a worker holds back to their queues; those that it no longer owns are passed over, and with lock_wait
+-- those whose channel a caller's open transaction has locked. Returns the queues.
+create or replace function pgchan.release(worker integer, runs bigint[], lock_wait integer default null) returns text[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+declare
+  mine bigint[];
+  queues text[];
+begin
+  perform pgchan.force_durability();
+  select array_agg(p.channel_id) into mine from (
+    select r.channel_id from pgchan.runs r
+    where r.worker = release.worker and (release.runs is null or r.channel_id = any (release.runs))
+    order by r.channel_id for update) p;
+  mine := pgchan.lock_runs(coalesce(mine, '{}'), lock_wait);
+  if cardinality(mine) = 0 then
+    return '{}';
+  end if;
+  perform pgchan.supersede(mine);
+  with returned as (
+    update pgchan.runs r set state = 'scheduled', worker = null, wake_at = null
+    where r.channel_id = any (mine) returning r.queue)
+  select array_agg(distinct q.queue) into queues from returned q;
+  perform pgchan.wake(null, null, false, queues);
+  return queues;
+end $$;
+
+-- Store a signal on a run's channel and make the run ready if it waits. Outcomes are those of `append`, and missing if
+-- there is no such run. The run's row is locked first: `suspend` either sees the signal or is seen by it.
+create or replace function pgchan.deliver(
+  run text, body bytea, key text,
+  out outcome text, out channel_id bigint, out "position" bigint, out at timestamptz, out head bigint, out ready text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+declare
+  target pgchan.runs;
+  stored record;
+begin
+  perform pgchan.check_key(key);
+  perform pgchan.force_durability();
+  select r.* into target from pgchan.runs r join pgchan.channels c on c.id = r.channel_id
+    where c.name = run for update of r;
+  if not found then
+    outcome := 'missing';
+    return;
+  end if;
+  channel_id := target.channel_id;
+  select * into stored from pgchan.append(
+    array[target.channel_id], null, null, null, null, null, null,
+    null, null, array[1::smallint], array[key], null, null, null, array[body]) a;
+  outcome := stored.outcomes[1];
+  "position" := coalesce(stored.positions[1], stored.bases[1] + 1);
+  at := coalesce(stored.ats[1], stored.at);
+  head := stored.heads[1];
+  if outcome = 'appended' and target.state = 'waiting' then
+    update pgchan.runs r set state = 'scheduled', wake_at = null where r.channel_id = target.channel_id;
+    ready := target.queue;
+  elsif outcome = 'appended' and target.state = 'scheduled' and target.wake_at is null then
+    ready := target.queue;  -- a claim that met the lock on its row has passed over it, and must come again
+  end if;
+end $$;
+
 -- Cancel a run: true from this commit on nothing more is recorded for it; false if it had ended; null if there is none.
 create or replace function pgchan.cancel(run text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
