@@ -57,7 +57,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/pytest $(ARGS)
 
 bench: $(VENV)/.installed-dev
-	@set -e; shopt -s nullglob; for question in benchmarks/[!_]*.py; do echo "== $$question"; $(BIN)/python "$$question" $(ARGS); done
+	@set -e; shopt -s nullglob; for file in benchmarks/[!_]*.py; do question=$$(basename "$$file" .py); echo "== $$question"; $(BIN)/python -m "pgchan.benchmarks.$$question" $(ARGS); done
 
 # While a revision is unreleased its frozen SQL follows pgchan/schema.sql. A released one never changes again.
 freeze: $(VENV)/.installed-dev

@@ -20,22 +20,23 @@ import platform
 import random
 import secrets
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import asyncpg
-import psutil
 
 from pgchan import dsn as dsns
 from pgchan import migrate
 from pgchan.embedded import Embedded
+from pgchan.errors import Error
 
 T = TypeVar("T")
 
@@ -75,6 +76,10 @@ where m.channel_id = $1::bigint and m."position" > $2::bigint order by m."positi
 """
 
 
+class Refused(Exception):
+    """The server or the role does not let a benchmark do what it has to; the text says what is missing."""
+
+
 # ------------------------------------------------------------------------------------------------ the report
 
 
@@ -100,10 +105,11 @@ class Report:
         self.lines: list[Line] = []
         self.notes: list[str] = []
         self.server = "PostgreSQL"
+        self.beside = "floor"  # what the second column holds
 
     def times(
         self, what: str, ours: Sequence[Sequence[float]], floor: Sequence[Sequence[float]] = (), *,
-        at_most: Mapping[float, float],
+        at_most: Mapping[float, float | None],
     ) -> None:  # fmt: skip
         """Lines for percentiles of latencies in µs, given round by round. at_most: percentile to the ratio allowed."""
         for q, most in at_most.items():
@@ -111,7 +117,8 @@ class Report:
             self.lines.append(
                 Line(
                     f"{what}, p{q:g}", "µs", percentile(_flat(ours), q), percentile(_flat(floor), q), _spread(ratios),
-                    f"≤ {most:g} ×", statistics.median(ratios) <= most,
+                    "" if most is None else f"≤ {most:g} ×",
+                    None if most is None else statistics.median(ratios) <= most,
                 )
             )  # fmt: skip
 
@@ -147,7 +154,7 @@ class Report:
 
     def show(self) -> None:
         """Print the table; write the JSON file."""
-        rows = [("", "ours", "floor", "ratio", "target", "")]
+        rows = [("", "ours", self.beside, "ratio", "target", "")]
         rows += [
             (
                 line.what, f"{_number(line.ours)} {line.unit}", "" if line.floor is None else _number(line.floor),
@@ -171,7 +178,7 @@ class Report:
 
 
 def main(
-    description: str | None, measure: Callable[[Report], Awaitable[None]], *, seconds: float,
+    description: str | None, measure: Callable[[Report], Coroutine[Any, Any, None]], *, seconds: float,
     options: Callable[[argparse.ArgumentParser], None] | None = None, settings: Mapping[str, str] | None = None,
 ) -> None:  # fmt: skip
     """Run one benchmark as a program: arguments, a database of its own, the header, the measurement, the table.
@@ -186,13 +193,27 @@ def main(
         options(parser)
     arguments = parser.parse_args()
     random.seed(arguments.seed)
+    # What was made is removed then too: a database on somebody's server must not stay behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        _run(arguments, measure, seconds, settings or {})
+    except (Refused, Error) as error:
+        sys.exit(f"pgchan: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def _run(
+    arguments: argparse.Namespace, measure: Callable[[Report], Coroutine[Any, Any, None]], seconds: float,
+    settings: Mapping[str, str],
+) -> None:  # fmt: skip
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(_server(settings or {}))
+        server = stack.enter_context(_server(settings))
         report = Report(arguments, stack.enter_context(_database(server)))
         report.server = asyncio.run(_server_version(server))
         print(" · ".join(f"{name}: {value}" for name, value in machine(report.server).items()))
         busy = " · others are at work here: trust ratios only" if os.getloadavg()[0] > (os.cpu_count() or 1) / 2 else ""
-        print(f"takes about {seconds:g} s{busy}", flush=True)
+        print(f"takes about {seconds:g} s with {ROUNDS} rounds, this is {arguments.rounds}{busy}", flush=True)
         asyncio.run(measure(report))
         report.show()
 
@@ -264,7 +285,7 @@ def _database(server: str) -> Iterator[str]:
     """A fresh database with pgchan's schema and the floor's; nothing that was there before is touched."""
     name = f"pgchan_bench_{secrets.token_hex(4)}"
     dsn = urlsplit(server)._replace(path=f"/{name}").geturl()
-    asyncio.run(_execute(server, f"create database {name}"))
+    asyncio.run(_create(server, name))
     try:
         migrate.upgrade(dsn)
         asyncio.run(_execute(dsn, FLOOR_SCHEMA))
@@ -281,6 +302,23 @@ async def another_database(dsn: str) -> AsyncIterator[str]:
             yield await asyncio.to_thread(stack.enter_context, _database(dsn))
         finally:
             await asyncio.to_thread(stack.close)
+
+
+async def _create(server: str, name: str) -> None:
+    try:
+        connection = await asyncpg.connect(server)
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        raise Refused(f"cannot connect to the server: {error}") from None
+    try:
+        await connection.execute(f"create database {name}")
+    except asyncpg.InsufficientPrivilegeError:
+        role = await connection.fetchval("select quote_ident(current_user)")
+        raise Refused(
+            f"role {role} may not create databases, and a benchmark runs in one of its own: "
+            f"ALTER ROLE {role} CREATEDB, or name another role in the DSN"
+        ) from None
+    finally:
+        await connection.close()
 
 
 async def _execute(dsn: str, statement: str) -> None:
@@ -412,6 +450,8 @@ class Process:
 
 
 def _child(connection: Any, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Control-C is for the benchmark, whose end is ours
+
     async def run() -> None:
         with contextlib.suppress(EOFError):
             await target(Pipe(connection), *args)
@@ -422,6 +462,10 @@ def _child(connection: Any, target: Callable[..., Any], args: tuple[Any, ...]) -
 
 
 def cpu_seconds(*pids: int) -> float:
-    """Processor time of these processes."""
-    times = [psutil.Process(pid).cpu_times() for pid in pids]
-    return sum(one.user + one.system for one in times)
+    """Processor time of these processes, in user and in kernel mode."""
+    ticks = 0
+    for pid in pids:
+        # The second field is a name in parentheses and may hold anything, so count from behind it.
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")

@@ -24,11 +24,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import asyncpg
-from _common import Process, Report, cpu_seconds, main
-from latency import read_ours
-from steps import ten, working
 
 import pgchan
+from pgchan.benchmarks._common import Process, Report, cpu_seconds, main
+from pgchan.benchmarks.latency import read_ours
+from pgchan.benchmarks.steps import ten, working
 from pgchan.wakeups import LISTEN_NAMES
 
 TOKENS = 1_000
@@ -110,8 +110,10 @@ class Counter:
         start, heard, calls = await self._look()
         await work()
         end, heard_then, calls_then = await self._look()
-        wal, commits, rows = (float(value) for value in await self._connection.fetchrow(LOGGED, start, end))
-        return Counts(wal, commits, rows, heard_then - heard, calls_then - calls if self._counts_statements else None)
+        ((wal, commits, rows),) = await self._connection.fetch(LOGGED, start, end)
+        return Counts(
+            float(wal), commits, rows, heard_then - heard, calls_then - calls if self._counts_statements else None
+        )
 
     async def _look(self) -> tuple[str, int, int]:
         await asyncio.sleep(SETTLE_SECONDS)

@@ -25,14 +25,23 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
-import psutil
-from _common import Pipe, Process, Report, another_database, cpu_seconds, due_times, interleave, main, percentile
-from _fill import CHANNELS, JOURNAL, MESSAGES, RUNS, fill
-from start import begin, process, starts
 
 import pgchan
 from pgchan import sql
 from pgchan.attempt import Attempt, Claimed
+from pgchan.benchmarks._common import (
+    Pipe,
+    Process,
+    Report,
+    another_database,
+    cpu_seconds,
+    due_times,
+    interleave,
+    main,
+    percentile,
+)
+from pgchan.benchmarks._fill import CHANNELS, JOURNAL, MESSAGES, RUNS, fill
+from pgchan.benchmarks.start import begin, process, starts
 
 CALLS = 24  # of one kind, per round
 INTERVAL_SECONDS = 0.006
@@ -249,7 +258,7 @@ async def sweeps(growth: Growth) -> None:
             await connection.close()
             await asyncio.sleep(1.5)  # what was followed a moment ago is looked at once more
             for what, pids in (("process", [follower.pid]), ("server", backends)):
-                with contextlib.suppress(psutil.Error):  # the server may be on another machine
+                with contextlib.suppress(OSError):  # the server may be on another machine
                     used = cpu_seconds(*pids)
                     await asyncio.sleep(SWEEP_SECONDS)
                     percent = 100 * (cpu_seconds(*pids) - used) / SWEEP_SECONDS
@@ -538,7 +547,7 @@ async def snapshot(growth: Growth) -> None:
 
 def draw(curves: Sequence[Curve], directory: Path) -> None:
     """One picture per question."""
-    import matplotlib  # noqa: PLC0415 - optional
+    import matplotlib  # type: ignore[import-not-found]  # noqa: PLC0415 - optional
 
     matplotlib.use("svg")
     from matplotlib import pyplot  # noqa: PLC0415 - optional, and it wants the line before

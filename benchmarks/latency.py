@@ -14,9 +14,9 @@ import time
 from typing import Any
 
 import asyncpg
-from _common import FLOOR_INSERT, FLOOR_READ, Pipe, Process, Report, due_times, interleave, main
 
 import pgchan
+from pgchan.benchmarks._common import FLOOR_INSERT, FLOOR_READ, Pipe, Process, Report, due_times, interleave, main
 
 MESSAGES = 100  # per round
 INTERVAL_SECONDS = 0.008  # leaves a busy machine the time to catch up
@@ -152,7 +152,7 @@ async def lost_wakeups(report: Report) -> None:
         for number in range(CUTS):
             await quiet.fetch(CUT_LISTENERS, "lost listen")
             await channel.publish({"due": time.monotonic_ns()})
-            await _until(lambda number=number: len(late) == number + 1)  # type: ignore[misc]
+            await _until(lambda number=number: len(late) == number + 1)
             await _until(lambda: client.health == "listening")
         reading.cancel()
     await quiet.close()

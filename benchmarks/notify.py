@@ -26,11 +26,21 @@ from typing import Any
 
 import asyncpg
 import psycopg
-from _common import Pipe, Process, Report, interleave, main, percentile
-from steps import working
-from tokens import CHANNELS, Pair, Stretch, flood, make_floor, read_floor, read_ours, say_floor, say_ours
 
 import pgchan
+from pgchan.benchmarks._common import Pipe, Process, Report, interleave, main, percentile
+from pgchan.benchmarks.steps import working
+from pgchan.benchmarks.tokens import (
+    CHANNELS,
+    Pair,
+    Stretch,
+    flood,
+    make_floor,
+    read_floor,
+    read_ours,
+    say_floor,
+    say_ours,
+)
 from pgchan.wakeups import LISTEN_NAMES
 
 PUBLISHERS = (1, 8, 32)
@@ -180,7 +190,7 @@ async def wakeups(report: Report, disk: Disk) -> None:
         begin = time.monotonic() + 0.02
         for publisher in publishers[:count]:
             publisher.pipe.send((begin, begin + SECONDS))
-        return sum([await publisher.answer() for publisher in publishers[:count]]) / SECONDS
+        return float(sum([await publisher.answer() for publisher in publishers[:count]]) / SECONDS)
 
     for listening in LISTENERS:
         await listeners.ask(listening)
@@ -314,13 +324,13 @@ async def streams(report: Report, disk: Disk) -> None:
 
     async with pgchan.AsyncClient(report.dsn) as client, working(client, 10, flood):
 
-        async def most(delay: int) -> float:
+        async def flooded(delay: int) -> float:
             disk.slow(delay)
             begun = time.monotonic()
             count = await (await client.start(flood, FLOOD_SECONDS)).result(timeout=30)
             return float(count / (time.monotonic() - begun))
 
-        rates = await interleave(_rounds(report), **{f"{d}": lambda d=d: most(d) for d in disk.delays})
+        rates = await interleave(_rounds(report), **{f"{d}": lambda d=d: flooded(d) for d in disk.delays})
         disk.slow(0)
     for delay in disk.delays[1:]:
         name = f"saturated publish(wait=False), one run{_disk(delay)}, against the disk as it is"

@@ -19,9 +19,9 @@ from typing import Any
 
 import asyncpg
 import uvicorn
-from _common import FLOOR_READ, Pipe, Process, Report, due_times, interleave, main, percentile
 
 import pgchan
+from pgchan.benchmarks._common import FLOOR_READ, Pipe, Process, Report, due_times, interleave, main, percentile
 from pgchan.server import Insecure, create_app
 
 READERS = 200

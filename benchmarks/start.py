@@ -20,11 +20,11 @@ from functools import partial
 from typing import Any
 
 import asyncpg
-from _common import Pipe, Process, Report, another_database, due_times, interleave, main, percentile
-from _fill import RUNS, fill
-from latency import CHANNEL_ID, read_floor
 
 import pgchan
+from pgchan.benchmarks._common import Pipe, Process, Report, another_database, due_times, interleave, main, percentile
+from pgchan.benchmarks._fill import RUNS, fill
+from pgchan.benchmarks.latency import CHANNEL_ID, read_floor
 
 STARTS = 40  # per round
 START_SECONDS = 0.02  # between two

@@ -16,9 +16,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import asyncpg
-from _common import FLOOR_INSERT, Report, interleave, main
 
 import pgchan
+from pgchan.benchmarks._common import FLOOR_INSERT, Report, interleave, main
 
 TASKS = (1, 8, 32, 256)
 SECONDS = 0.6  # of one variant in one round
@@ -67,7 +67,7 @@ async def working(
     client: pgchan.AsyncClient, concurrency: int, *workflows: pgchan.Workflow[Any, Any]
 ) -> AsyncIterator[None]:  # fmt: skip
     """A worker in this process, of these workflows or of those here."""
-    worker = pgchan.Worker(client, workflows or [many, ten], concurrency=concurrency)
+    worker = pgchan.Worker(client, workflows or (many, ten), concurrency=concurrency)
     running = asyncio.create_task(worker.run(signals=False))
     try:
         await worker.wait_started()

@@ -19,9 +19,9 @@ import signal
 import time
 
 import asyncpg
-from _common import Pipe, Process, Report, main, percentile
 
 import pgchan
+from pgchan.benchmarks._common import Pipe, Process, Report, main, percentile
 
 KILLS = 12
 RUNS = 4  # held by each worker that is killed, about

@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import asyncpg
-from _common import Pipe, Process, Report, cpu_seconds, due_times, interleave, main, percentile
-from steps import working
 
 import pgchan
+from pgchan.benchmarks._common import Pipe, Process, Report, cpu_seconds, due_times, interleave, main, percentile
+from pgchan.benchmarks.steps import working
 
 CHANNELS = 1_000
 RATES = (1_000, 10_000, 50_000)

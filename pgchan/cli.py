@@ -1,4 +1,4 @@
-"""The commands. They print and decide nothing: each is a call of the public API.
+"""The commands. They print and decide nothing: each is a call of the public API. Long, for there are many.
 
 Exit status: 0 done · 1 refused, failed or not found · 2 the input is wrong. An error is one line on stderr, without
 traceback, SQL or DSN; PGCHAN_DEBUG=1 shows the traceback of a fault in pgchan itself.
@@ -202,6 +202,27 @@ def harden(dsn: str | None, as_json: bool, undo: bool, dry_run: bool) -> None:
         click.echo(statement + ";" * (not statement.startswith("--")))
     for note in () if undo else program.NOTES:
         click.echo(f"-- {note}")
+
+
+@commands.command()
+@_with_dsn
+@click.argument("questions", metavar="[QUESTION]...", nargs=-1)
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 100), help="More are more exact.")
+@click.option("--json", "json_path", metavar="FILE", type=click.Path(dir_okay=False), help="Write the tables there.")
+def bench(dsn: str | None, questions: tuple[str, ...], rounds: int, json_path: str | None) -> None:
+    """Measure pgchan on this server, beside the least that has the same durable effect. Takes a minute or two.
+
+    Runs in databases of its own that it makes and drops, so the role must be allowed to create databases. QUESTION is
+    one of floors, latency and steps, which are the default, cost and notify (which take a superuser), growth, peers,
+    sse, start, takeover and tokens.
+    """
+    from pgchan import bench as program
+
+    if unknown := [question for question in questions if question not in program.QUESTIONS]:
+        raise InvalidInput(f"no benchmark is called {unknown[0]!r}; there are {', '.join(program.QUESTIONS)}")
+    if "sse" in questions:
+        console.load_extra("pgchan.server", "server")
+    raise click.exceptions.Exit(program.main(questions, dsn=dsn, rounds=rounds, json_path=json_path))
 
 
 # ---- channels

@@ -202,7 +202,9 @@ def dsn(direct_dsn: str, pooler_port: int | None, monkeypatch: pytest.MonkeyPatc
     if pooler_port is None:
         return direct_dsn
     monkeypatch.setenv("PGCHAN_CONTROL_DSN", direct_dsn)
-    return pooled(direct_dsn, pooler_port)
+    through = pooled(direct_dsn, pooler_port)
+    monkeypatch.setenv("PGCHAN_TEST_POOLED_DSN", through)  # for doors.query
+    return through
 
 
 @pytest.fixture

@@ -129,7 +129,10 @@ def direct(dsn: str) -> str:
 
 
 def query(dsn: str, statement: str, *args: object) -> list[tuple[Any, ...]]:
-    """Run one statement with `%s` parameters in a transaction of its own; its rows."""
+    """Run one statement with `%s` parameters in a transaction of its own; its rows. Goes past the pooler of this run:
+    it looks at sessions, and those of a pooler may have been ended by the test."""
+    if dsn == os.environ.get("PGCHAN_TEST_POOLED_DSN"):
+        dsn = direct(dsn)
     with psycopg.connect(dsn, autocommit=True) as connection:
         cursor = connection.execute(statement.encode(), args or None)
         return cursor.fetchall() if cursor.description else []

@@ -17,6 +17,7 @@ import psycopg
 import pytest
 from cluster import free_port
 from commands import command, done, environment, refused
+from logins import Logins
 
 import pgchan
 from pgchan import db
@@ -293,3 +294,63 @@ def test_the_doctor_sees_that_a_database_was_not_migrated(run: Any, empty_dsn: s
     done = run("doctor", dsn=empty_dsn)
     assert done.status == 1
     assert "pgchan migrate" in done.out
+
+
+# ---- bench
+
+
+def _benchmarks_left(admin: psycopg.Connection[Any]) -> set[str]:
+    return {row[0] for row in admin.execute("select datname from pg_database where datname like 'pgchan\\_bench\\_%'")}
+
+
+@pytest.mark.timeout(240)
+def test_bench_measures_in_a_database_of_its_own(
+    run: Any, dsn: str, admin: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    before = _benchmarks_left(admin)
+    done = run("bench", "floors", "--rounds", "1", "--json", "found.json", dsn=dsn)
+    assert done.status == 0, done.error
+    assert "made on this server and dropped again" in done.out.partition("\n")[0]
+    found = json.loads((tmp_path / "found.json").read_text("utf-8"))
+    lines = {line["what"]: line for line in found["floors"]["lines"]}
+    assert lines["rows by unnest, 100 a statement"]["ours"] > lines["rows by unnest, 1 a statement"]["ours"] > 0
+    assert all(what in done.out for what in lines)
+    assert _benchmarks_left(admin) <= before
+
+
+def test_bench_says_which_right_is_missing(run: Any, dsn: str, admin: psycopg.Connection[Any]) -> None:
+    logins = Logins(admin, dsn)
+    done = run("bench", "floors", "latency", dsn=logins.of())
+    logins.close()
+    assert done.status == 1
+    assert done.error.count("may not create databases") == 1, done.error
+    assert "CREATEDB" in done.error
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_benchmark_that_is_stopped_leaves_no_database(
+    dsn: str, admin: psycopg.Connection[Any], tmp_path: Path, number: signal.Signals
+) -> None:
+    before = _benchmarks_left(admin)
+    process = subprocess.Popen(
+        command("bench", "floors", "latency", "--rounds", "100"), env=environment(dsn), cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    while "takes about" not in process.stdout.readline():
+        assert process.poll() is None
+    if number is signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, error
+    assert "latency" not in out
+    assert _benchmarks_left(admin) <= before
+
+
+def test_bench_needs_a_database_and_a_question_that_there_is(run: Any) -> None:
+    assert "PGCHAN_DSN" in refused(run("bench"), 2)
+    assert "'speed'" in refused(run("bench", "speed"), 2)
+    assert "cannot connect" in run("bench", "floors", dsn=f"postgresql://127.0.0.1:{free_port()}/none").error

@@ -33,7 +33,7 @@ ROWS: tuple[tuple[set[str], ...], ...] = (
     ({"session"}, {"liveness"}, {"attempt"}, {"transactions"}, {"steps"}, {"blocking"}, {"worker"}),
     (
         {"migrations"}, {"migrate"}, {"env"}, {"doctor", "harden"}, {"server"}, {"console"}, {"serve"}, {"testing"},
-        {"examples"}, {"embedded"}, {"demo"}, {"cli"},
+        {"examples"}, {"embedded"}, {"demo"}, {"bench"}, {"cli"},
     ),
 )  # fmt: skip
 # Only these may import drivers, asyncio or threading. What is inside is coroutines over Db, and does no I/O; callers.py
@@ -358,7 +358,7 @@ def test_long_files_and_functions_say_why(path: Path) -> None:
 
 
 def test_the_symlinks_for_type_checkers_lead_to_the_directories() -> None:
-    for name in ("server", "migrations", "examples"):
+    for name in ("server", "migrations", "examples", "benchmarks"):
         assert (ROOT / "pgchan" / name).readlink() == Path("..") / name
 
 

@@ -20,7 +20,7 @@ from psycopg import connect
 from pgchan import db
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("pgchan", "migrations", "server", "examples")
+PACKAGES = ("pgchan", "migrations", "server", "examples", "benchmarks")
 
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("packaging")]
@@ -123,7 +123,7 @@ def test_the_wheel_holds_each_file_once(wheel: Path) -> None:
     for wanted in (
         "pgchan/py.typed", "pgchan/schema.sql", "pgchan/migrations/env.py", "pgchan/migrations/script.py.mako",
         *(f"pgchan/migrations/versions/{db.SCHEMA_VERSION}{suffix}" for suffix in (".py", ".sql", ".down.sql")),
-        "pgchan/server/__init__.py", "pgchan/examples/__init__.py",
+        "pgchan/server/__init__.py", "pgchan/examples/__init__.py", "pgchan/benchmarks/_common.py",
     ):  # fmt: skip
         assert wanted in names
 
@@ -145,9 +145,9 @@ def test_the_wheel_requires_nothing_that_only_this_checkout_has(wheel: Path) -> 
 
 def test_everything_imports_where_it_is_installed(installed: Path, outside: Path) -> None:
     program = """
-import pgchan, pgchan.migrations, pgchan.server, pgchan.examples, pgchan.cli, pgchan.migrate, sys
+import pgchan, pgchan.migrations, pgchan.server, pgchan.examples, pgchan.benchmarks, pgchan.cli, pgchan.migrate, sys
 assert pgchan.migrations.upgrade and pgchan.server.create_app and pgchan.AsyncClient
-assert not {"server", "migrations", "examples"} & set(sys.modules)
+assert not {"server", "migrations", "examples", "benchmarks"} & set(sys.modules)
 print(pgchan.__file__)
 """
     where = run(installed / "python", "-W", "error", "-c", program, cwd=outside)
@@ -160,6 +160,11 @@ def test_the_command_migrates_a_database(installed: Path, outside: Path, empty_d
         assert describe(connection)
     current = run(installed / "pgchan", "migrate", "--current", "--dsn", empty_dsn, cwd=outside)
     assert current == f"{db.SCHEMA_VERSION}\n"
+
+
+def test_the_command_measures_a_server(installed: Path, outside: Path, empty_dsn: str) -> None:
+    table = run(installed / "pgchan", "bench", "floors", "--rounds", "1", "--dsn", empty_dsn, cwd=outside)
+    assert "INSERT, autocommit" in table
 
 
 def test_alembic_migrates_a_database_from_an_applications_ini(installed: Path, tmp_path: Path, empty_dsn: str) -> None:

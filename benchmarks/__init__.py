@@ -1,0 +1,1 @@
+"""One question each, ours beside its floor. Each is a program: `python -m pgchan.benchmarks.latency`."""
