@@ -142,26 +142,27 @@ async def test_an_owner_that_ends_while_a_lost_answer_is_looked_for_takes_nobody
 
 
 async def test_an_owner_whose_history_is_lost_writes_no_more_and_the_others_do(
-    client: pgchan.AsyncClient, dsn: str, wait_until: WaitUntil
+    direct_dsn: str, wait_until: WaitUntil
 ) -> None:
-    owned = await channel_id(client, "owned")
-    await client.channel("free").publish("warm")
+    async with pgchan.AsyncClient(direct_dsn) as client:
+        owned = await channel_id(client, "owned")
+        await client.channel("free").publish("warm")
 
-    async def history_is_lost(_: object) -> set[int]:
-        return {1}
+        async def history_is_lost(_: object) -> set[int]:
+            return {1}
 
-    client._db.look_backs.append(history_is_lost)
-    writers = "from pg_stat_activity where application_name = 'pgchan writer' and datname = current_database()"
-    query(dsn, f"select pg_terminate_backend(pid) {writers}")
-    await wait_until(lambda: not query(dsn, f"select 1 {writers}"))
-    refused, free = await asyncio.gather(
-        client._db.append(Entry("owned", b"1", channel_id=owned, owner=1, fence=0, step="s", attempt=1)),
-        client.channel("free").publish("goes on"),
-        return_exceptions=True,
-    )
-    assert isinstance(refused, errors.Fenced)
-    assert isinstance(free, pgchan.Message) and free.position == 2
-    assert await client.channel("owned").read() == []
+        client._db.look_backs.append(history_is_lost)
+        writers = "from pg_stat_activity where application_name = 'pgchan writer' and datname = current_database()"
+        query(direct_dsn, f"select pg_terminate_backend(pid) {writers}")
+        await wait_until(lambda: not query(direct_dsn, f"select 1 {writers}"))
+        refused, free = await asyncio.gather(
+            client._db.append(Entry("owned", b"1", channel_id=owned, owner=1, fence=0, step="s", attempt=1)),
+            client.channel("free").publish("goes on"),
+            return_exceptions=True,
+        )
+        assert isinstance(refused, errors.Fenced)
+        assert isinstance(free, pgchan.Message) and free.position == 2
+        assert await client.channel("owned").read() == []
 
 
 # ------------------------------------------------------------------------------------------------ tasks

@@ -305,10 +305,10 @@ def _benchmarks_left(admin: psycopg.Connection[Any]) -> set[str]:
 
 @pytest.mark.timeout(240)
 def test_bench_measures_in_a_database_of_its_own(
-    run: Any, dsn: str, admin: psycopg.Connection[Any], tmp_path: Path
+    run: Any, direct_dsn: str, admin: psycopg.Connection[Any], tmp_path: Path
 ) -> None:
     before = _benchmarks_left(admin)
-    done = run("bench", "floors", "--rounds", "1", "--json", "found.json", dsn=dsn)
+    done = run("bench", "floors", "--rounds", "1", "--json", "found.json", dsn=direct_dsn)
     assert done.status == 0, done.error
     assert "made on this server and dropped again" in done.out.partition("\n")[0]
     found = json.loads((tmp_path / "found.json").read_text("utf-8"))
@@ -318,8 +318,8 @@ def test_bench_measures_in_a_database_of_its_own(
     assert _benchmarks_left(admin) <= before
 
 
-def test_bench_says_which_right_is_missing(run: Any, dsn: str, admin: psycopg.Connection[Any]) -> None:
-    logins = Logins(admin, dsn)
+def test_bench_says_which_right_is_missing(run: Any, direct_dsn: str, admin: psycopg.Connection[Any]) -> None:
+    logins = Logins(admin, direct_dsn)
     done = run("bench", "floors", "latency", dsn=logins.of())
     logins.close()
     assert done.status == 1
@@ -330,11 +330,11 @@ def test_bench_says_which_right_is_missing(run: Any, dsn: str, admin: psycopg.Co
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_benchmark_that_is_stopped_leaves_no_database(
-    dsn: str, admin: psycopg.Connection[Any], tmp_path: Path, number: signal.Signals
+    direct_dsn: str, admin: psycopg.Connection[Any], tmp_path: Path, number: signal.Signals
 ) -> None:
     before = _benchmarks_left(admin)
     process = subprocess.Popen(
-        command("bench", "floors", "latency", "--rounds", "100"), env=environment(dsn), cwd=tmp_path,
+        command("bench", "floors", "latency", "--rounds", "100"), env=environment(direct_dsn), cwd=tmp_path,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert process.stdout is not None
