@@ -193,14 +193,14 @@ def main(
         options(parser)
     arguments = parser.parse_args()
     random.seed(arguments.seed)
-    # What was made is removed then too: a database on somebody's server must not stay behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # What was made is removed then too: a database on somebody's server must not stay behind. Handlers of our own, also
+    # for SIGINT: that of asyncio would cancel the measurement, which something in it may catch.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         _run(arguments, measure, seconds, settings or {})
     except (Refused, Error) as error:
         sys.exit(f"pgchan: {error}")
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
 
 
 def _run(

@@ -45,9 +45,10 @@ GIVEN_UP = frozenset({"25006", "57P01", "57P02", "57P05"})  # read-only, and thr
 SENT = {sql.CLAIM: "claim_sent", sql.FINISH: "finish_sent", sql.FINISH_MANY: "finish_sent"}
 # Calls that go together when several are made at a time.
 TOGETHER = {sql.ENQUEUE: sql.ENQUEUE_MANY, sql.FINISH: sql.FINISH_MANY}
-# What a claimed run is loaded with, by statements over arrays of channels; so many at once, for a journal may be long.
-LOADS = (sql.JOURNALS, sql.SPOKEN, sql.INBOX)
-LOADS_TOGETHER = 20
+# What is read together: by statements over arrays, of which the first column is an element of the first array. So many
+# at once, for a journal or a result may be large.
+READS = (sql.JOURNALS, sql.SPOKEN, sql.INBOX, sql.RUN_RESULTS)
+READ_TOGETHER = 20
 
 log = logging.getLogger("pgchan")
 
@@ -83,9 +84,9 @@ class AsyncpgDb:
             statement: Group(partial(self._call, statement), partial(self._call_many, many))
             for statement, many in TOGETHER.items()
         }
-        self._loads = {
-            statement: Group(partial(self._fetch_one, statement), partial(self._fetch_many, statement), LOADS_TOGETHER)
-            for statement in LOADS
+        self._reads = {
+            each: Group(partial(self._fetch_one, each), partial(self._fetch_many, each), most=READ_TOGETHER, alike=True)
+            for each in READS
         }
 
     @property
@@ -227,7 +228,7 @@ class AsyncpgDb:
     async def close(self) -> None:
         """Send what waits, then end tasks and connections."""
         await self.writer.close()
-        groups: list[Group[Any]] = [*self._groups.values(), *self._loads.values()]
+        groups: list[Group[Any]] = [*self._groups.values(), *self._reads.values()]
         for group in groups:
             await group.close()
         if self._announcing:
@@ -261,6 +262,8 @@ class AsyncpgDb:
 
     async def fetch(self, statement: str, *args: object) -> list[Row]:
         """See Db."""
+        if statement is sql.RUN_RESULT:  # many may wait for runs that end at a time
+            return [row[1:] for row in await self.fetch_of(sql.RUN_RESULTS, *args)]
         rows: list[Row] = await self._persist(partial(self._run, statement, args), writing=False)
         return rows
 
@@ -277,17 +280,17 @@ class AsyncpgDb:
         (words,) = await self._call(statement, *map(list, zip(*calls, strict=True)), LOCK_WAIT_MS)
         return [None if word == "locked" else (word, None) for word in words]
 
-    async def fetch_of(self, statement: str, id: int, *args: object) -> list[Row]:
-        """The rows of one channel, by a statement over arrays whose first column is the channel. What is asked for at
-        the same time goes together."""
-        return await self._loads[statement].call(id, *args)
+    async def fetch_of(self, statement: str, *args: object) -> list[Row]:
+        """The rows for the first argument, by one of READS. What is asked for at the same time goes together."""
+        return await self._reads[statement].call(*args)
 
     async def _fetch_one(self, statement: str, *args: object) -> list[Row]:
         return await self.fetch(statement, *([value] for value in args))
 
     async def _fetch_many(self, statement: str, calls: list[Arguments]) -> list[list[Row] | None]:
-        found: dict[int, list[Row]] = {args[0]: [] for args in calls}
-        for row in await self.fetch(statement, *map(list, zip(*calls, strict=True))):
+        different = {args[0]: args for args in calls}.values()
+        found: dict[object, list[Row]] = {args[0]: [] for args in different}
+        for row in await self.fetch(statement, *map(list, zip(*different, strict=True))):
             found[row[0]].append(row)
         return [found[args[0]] for args in calls]
 

@@ -28,22 +28,23 @@ T = TypeVar("T")
 
 class Group(Generic[T]):
     """Calls of one statement. alone: make one call. together: make several, and return the answer of each, or None for
-    those that were not made because of a lock. most: calls that go together."""
+    those that were not made because of a lock. most: calls that go together. alike: whether calls that are
+    the same may; two that have no more than the first argument in common never do."""
 
     def __init__(
         self, alone: Callable[..., Awaitable[T]], together: Callable[[list[Arguments]], Awaitable[list[T | None]]],
-        most: int = TOGETHER_MAX,
+        *, most: int = TOGETHER_MAX, alike: bool = False,
     ) -> None:  # fmt: skip
         self._alone = alone
         self._together = together
         self._most = most
+        self._alike = alike
         self._waiting: list[tuple[Arguments, asyncio.Future[T]]] = []
         self._slow: asyncio.TimerHandle | None = None  # set while a call is on its way that others wait for
         self._sending: set[asyncio.Task[None]] = set()
 
     async def call(self, *args: Any) -> T:
-        """Make this call. Two of one first argument never go together. Raises what the call raises; if the caller is
-        cancelled it may be made all the same."""
+        """Make this call. Raises what the call raises; if the caller is cancelled it may be made all the same."""
         if self._slow is not None:
             future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
             self._waiting.append((args, future))
@@ -74,14 +75,17 @@ class Group(Generic[T]):
 
     def _take(self) -> list[tuple[Arguments, asyncio.Future[T]]]:
         """The calls that go next, in the order in which they came."""
-        firsts: set[Any] = set()
-        size = 0
+        firsts: dict[Any, Arguments] = {}
+        size = count = 0
         for args, _ in self._waiting[: self._most]:
             size += sum(len(value) for value in args if isinstance(value, bytes))
-            if firsts and (size > PAGE_BYTES_MAX or args[0] in firsts):
+            if count and size > PAGE_BYTES_MAX:
                 break
-            firsts.add(args[0])
-        taken, self._waiting = self._waiting[: len(firsts)], self._waiting[len(firsts) :]
+            if args[0] in firsts and not (self._alike and firsts[args[0]] == args):
+                break
+            firsts[args[0]] = args
+            count += 1
+        taken, self._waiting = self._waiting[:count], self._waiting[count:]
         return taken
 
     async def _send(self, group: list[tuple[Arguments, asyncio.Future[T]]], mine: asyncio.TimerHandle) -> None:

@@ -225,6 +225,10 @@ RUN_RESULT = """
 select r.channel_id, r.state, r.result, r.error
 from pgchan.channels c join pgchan.runs r on r.channel_id = c.id where c.name = $1::text
 """
+RUN_RESULTS = """
+select c.name, r.channel_id, r.state, r.result, r.error
+from pgchan.channels c join pgchan.runs r on r.channel_id = c.id where c.name = any ($1::text[])
+"""
 # The channel that holds a run's results.
 RUN_JOURNAL = """
 select j.name

@@ -303,6 +303,7 @@ def _benchmarks_left(admin: psycopg.Connection[Any]) -> set[str]:
     return {row[0] for row in admin.execute("select datname from pg_database where datname like 'pgchan\\_bench\\_%'")}
 
 
+@pytest.mark.xdist_group("bench")  # they look at all databases of the server
 @pytest.mark.timeout(240)
 def test_bench_measures_in_a_database_of_its_own(
     run: Any, direct_dsn: str, admin: psycopg.Connection[Any], tmp_path: Path
@@ -327,6 +328,7 @@ def test_bench_says_which_right_is_missing(run: Any, direct_dsn: str, admin: psy
     assert "CREATEDB" in done.error
 
 
+@pytest.mark.xdist_group("bench")  # they look at all databases of the server
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_benchmark_that_is_stopped_leaves_no_database(

@@ -180,6 +180,19 @@ async def test_runs_that_are_taken_over_together_are_loaded_together(
     assert sent[sql.SPOKEN] <= 8
 
 
+async def test_results_of_runs_are_read_together(
+    client: pgchan.AsyncClient, sent: Counter[str], workers: Workers
+) -> None:
+    handles = await asyncio.gather(*(client.start(quick, number) for number in range(40)))
+    waiting = asyncio.gather(*(handle.result(timeout=20) for handle in handles for _ in range(3)))
+    absent = asyncio.create_task(client.run("absent").result(timeout=20))
+    await workers.start(quick)
+    assert await waiting == [number for number in range(40) for _ in range(3)]
+    with pytest.raises(errors.RunNotFound):
+        await absent
+    assert sent[sql.RUN_RESULTS] <= 60  # one by one it would be 360
+
+
 # ------------------------------------------------------------------------------------------------ of anything
 
 
@@ -258,6 +271,10 @@ async def test_groups_are_bounded_and_hold_no_first_argument_twice() -> None:
     group = Group(made.alone, made.together)
     await asyncio.gather(*(group.call(n) for n in [0, "a", "b", "a", "c", *range(1, 2 * TOGETHER_MAX)]))
     assert [len(call) for call in made.calls] == [1, 2, TOGETHER_MAX, TOGETHER_MAX, 1]
+    made.calls.clear()
+    alike = Group(made.alone, made.together, alike=True)
+    await asyncio.gather(*(alike.call(*args) for args in [(0,), ("a", 1), ("a", 1), ("b", 1), ("a", 2)]))
+    assert made.calls == [[0], ["a", "a", "b"], ["a"]]
     made.calls.clear()
     await asyncio.gather(*(group.call(n, b"x" * 1_500_000) for n in range(8)))
     assert max(map(len, made.calls)) == 2
