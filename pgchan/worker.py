@@ -530,7 +530,8 @@ class Worker:
             log.info("run %s passed its deadline", attempt.claimed.run)
             await self._fail(attempt, TimeoutError(f"the run did not end before {attempt.claimed.deadline}"))
         elif attempt.over is None:
-            log.warning("run %s was cut short by %s; it goes back", attempt.claimed.run, type(error).__name__)
+            said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            log.warning("run %s was cut short by %s; it goes back", attempt.claimed.run, said)
             attempt.over = "cut short"
             await asyncio.sleep(min(CUT_SHORT_SECONDS_MAX, 0.01 * attempt.claimed.number))  # it may be cut short again
 

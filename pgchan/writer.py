@@ -75,26 +75,26 @@ class Batch:
 
     def add(self, queued: Queued) -> bool:
         """Take an entry along; False if this batch cannot. An empty one takes any."""
-        if self.queued and (
-            len(self.queued) >= self._entries_max
-            or self._size + len(queued.entry.body) > self._bytes_max
-            or not self._fits(queued.entry)
-        ):
+        if self.queued and not (self._has_room(1, len(queued.entry.body)) and self._fits(queued.entry)):
             return False
         self._add(queued)
         return True
 
     def add_together(self, together: list[Queued]) -> bool:
         """Take entries along that must not be parted; False if this batch cannot. An empty one takes any number."""
+        if len(together) == 1:  # most go alone; what sums up several costs each of them
+            return self.add(together[0])
         if self.queued:
-            size = self._size + sum(len(queued.entry.body) for queued in together)
-            if len(self.queued) + len(together) > self._entries_max or size > self._bytes_max:
+            if not self._has_room(len(together), sum(len(queued.entry.body) for queued in together)):
                 return False
             if not all(self._fits(queued.entry) for queued in together):
                 return False
         for queued in together:
             self._add(queued)
         return True
+
+    def _has_room(self, count: int, size: int) -> bool:
+        return len(self.queued) + count <= self._entries_max and self._size + size <= self._bytes_max
 
     def _fits(self, entry: Entry) -> bool:
         group = self._groups.get(entry.name)
@@ -249,10 +249,7 @@ class Waiting:
         """The next batch; None if nothing waits, or all that does is set aside."""
         batch = Batch()
         if not self._aside:
-            while self._queued:
-                together = [self._queued[0]] if not self._queued[0].more else self._first()
-                if not (batch.add(together[0]) if len(together) == 1 else batch.add_together(together)):
-                    break
+            while self._queued and batch.add_together(together := self._first()):
                 self._remove(together)
             return batch if batch.queued else None
         due = {lane for lane, until in self._aside.items() if until <= now}

@@ -326,8 +326,9 @@ async def test_a_worker_that_is_stopped_while_the_database_is_away_ends_soon_aft
 
 
 async def test_what_is_wrong_between_code_and_database_does_not_fail_a_run(
-    client: pgchan.AsyncClient, dsn: str, workers: Workers, crowd: Crowd, wait_until: Callable[..., Any]
-) -> None:
+    client: pgchan.AsyncClient, dsn: str, workers: Workers, crowd: Crowd, wait_until: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     """Its end cannot be recorded for a while, as in the middle of a deploy that goes wrong."""
     await workers.start(crowd.meet)
     handle = await client.start(crowd.meet)
@@ -337,6 +338,7 @@ async def test_what_is_wrong_between_code_and_database_does_not_fail_a_run(
     attempts = "select attempt from pgchan.runs"
     await wait_until(lambda: query(dsn, attempts)[0][0] > 2)
     assert (await handle.status()).state in ("scheduled", "running")
+    assert "run: pgchan migrate; it goes back" in caplog.text
     query(dsn, "alter routine pgchan.call_finish_later rename to call_finish")
     assert await handle.result(10) is None
     assert crowd.total == 1
