@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -12,7 +13,7 @@ import psycopg
 import pytest
 from doors import query
 from proxy import Proxy
-from workers import Workers
+from workers import Processes, Workers
 
 import pgchan
 from pgchan import asyncpg_db, errors, sql
@@ -159,6 +160,31 @@ async def test_a_lost_answer_to_a_group_of_ends_ends_each_once(dsn: str, workers
         assert await asyncio.gather(*(handle.result(timeout=20) for handle in handles)) == list(range(60))
         assert proxy.swallowed == 1
     assert query(dsn, "select count(*) from pgchan.messages where convert_from(body, 'UTF8') ~ '\"ended\"'") == [(60,)]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_worker_that_dies_or_freezes_with_a_group_of_ends_on_its_way_ends_each_once(
+    client: pgchan.AsyncClient, dsn: str, processes: Processes, wait_until: Callable[..., Any], how: signal.Signals
+) -> None:
+    first = await processes.start("first")
+    await first.stop_at("finish_sent#2")  # the first goes alone, the others together
+    handles = await asyncio.gather(*(client.start("nap", 0.5) for _ in range(30)))
+    await first.tells("point", "finish_sent")
+    sent = "select 1 from pg_stat_activity where query like '%call_finish_many%' and pid <> pg_backend_pid() "
+    await wait_until(lambda: query(dsn, sent + "and datname = current_database()"))
+    await processes.start("second")
+    first.send(how)
+    results = await asyncio.gather(*(handle.result(timeout=20) for handle in handles))
+    assert results == [None] * 30
+    if how is signal.SIGSTOP:  # a zombie that wakes up finds all of it done
+        first.send(signal.SIGCONT)
+        first.order("go")
+        fresh = await client.start("nap", 0.1)
+        assert await fresh.result(timeout=20) is None
+        await fresh.delete()
+    ended = "select count(*) from pgchan.messages where convert_from(body, 'UTF8') ~ '\"ended\"'"
+    assert query(dsn, ended) == [(30,)]
+    assert query(dsn, "select state, count(*) from pgchan.runs group by 1") == [("succeeded", 30)]
 
 
 async def test_runs_that_are_taken_over_together_are_loaded_together(
