@@ -35,6 +35,7 @@ class Contestant:
         self.address = address
         self.late: list[float] = []
         self.came = asyncio.Event()
+        self.held = asyncio.Event()
         self._numbers = itertools.count()
 
     def hear(self, due: int) -> None:
@@ -69,6 +70,13 @@ class Contestant:
 
         await asyncio.gather(*(again() for _ in range(concurrency)))
         return done / (time.monotonic() - began)
+
+    async def taken(self, seconds: float) -> int | None:
+        """When the step of `hold` begins here, in ns of the monotonic clock."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.held.wait(), seconds)
+            return time.monotonic_ns()
+        return None
 
     async def worked_off(self, count: int, working: Callable[[], Awaitable[object]]) -> float:
         """How many of the jobs that are waiting a second are begun, from the start of a worker to the last of them."""
@@ -106,7 +114,6 @@ class Ours(Contestant):
         """A client, and a worker on the default queue."""
         import pgchan
 
-        self.held = asyncio.Event()
         me = self
 
         async def result() -> str:
@@ -231,13 +238,6 @@ class Ours(Contestant):
         await self.client.start(self.held_run)
         await self.held.wait()
 
-    async def taken(self, seconds: float) -> int | None:
-        """When the step of `hold` begins here, in ns of the monotonic clock."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.held.wait(), seconds)
-            return time.monotonic_ns()
-        return None
-
 
 # ------------------------------------------------------------------------------------------------ workflows
 
@@ -254,7 +254,6 @@ class Dbos(Contestant):
 
         me = self
         self.dbos = DBOS
-        self.held = asyncio.Event()
         config: dict[str, Any] = {
             "name": "bench", "application_version": "1", "system_database_url": self.address, "log_level": "ERROR",
         }  # fmt: skip
@@ -332,13 +331,6 @@ class Dbos(Contestant):
         """Start a workflow whose step never ends; returns when it runs here."""
         await self.dbos.start_workflow_async(self.held_run)
         await self.held.wait()
-
-    async def taken(self, seconds: float) -> int | None:
-        """When the step of `hold` begins here, in ns of the monotonic clock."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.held.wait(), seconds)
-            return time.monotonic_ns()
-        return None
 
 
 class DbosFast(Dbos):

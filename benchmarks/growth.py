@@ -547,7 +547,7 @@ async def snapshot(growth: Growth) -> None:
 
 def draw(curves: Sequence[Curve], directory: Path) -> None:
     """One picture per question."""
-    import matplotlib  # type: ignore[import-not-found]  # noqa: PLC0415 - optional
+    import matplotlib  # noqa: PLC0415 - optional
 
     matplotlib.use("svg")
     from matplotlib import pyplot  # noqa: PLC0415 - optional, and it wants the line before
