@@ -8,6 +8,7 @@ import os
 import pty
 import signal
 import subprocess
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -299,24 +300,37 @@ def test_the_doctor_sees_that_a_database_was_not_migrated(run: Any, empty_dsn: s
 # ---- bench
 
 
-def _benchmarks_left(admin: psycopg.Connection[Any]) -> set[str]:
-    return {row[0] for row in admin.execute("select datname from pg_database where datname like 'pgchan\\_bench\\_%'")}
+class Measurer:
+    """A role that may create databases, and nothing else: what it has made is what a benchmark has made."""
+
+    def __init__(self, admin: psycopg.Connection[Any], logins: Logins) -> None:
+        self._admin = admin
+        self.dsn = logins.of()
+        (self._name,) = logins.names
+        admin.execute(f"alter role {self._name} createdb".encode())
+
+    def databases(self) -> list[str]:
+        owned = "select datname from pg_database where datdba = %s::regrole"
+        return [row[0] for row in self._admin.execute(owned, [self._name])]
 
 
-@pytest.mark.xdist_group("bench")  # they look at all databases of the server
+@pytest.fixture
+def measurer(admin: psycopg.Connection[Any], direct_dsn: str) -> Iterator[Measurer]:
+    logins = Logins(admin, direct_dsn)
+    yield Measurer(admin, logins)
+    logins.close()
+
+
 @pytest.mark.timeout(240)
-def test_bench_measures_in_a_database_of_its_own(
-    run: Any, direct_dsn: str, admin: psycopg.Connection[Any], tmp_path: Path
-) -> None:
-    before = _benchmarks_left(admin)
-    done = run("bench", "floors", "--rounds", "1", "--json", "found.json", dsn=direct_dsn)
+def test_bench_measures_in_a_database_of_its_own(run: Any, measurer: Measurer, tmp_path: Path) -> None:
+    done = run("bench", "floors", "--rounds", "1", "--json", "found.json", dsn=measurer.dsn)
     assert done.status == 0, done.error
     assert "made on this server and dropped again" in done.out.partition("\n")[0]
     found = json.loads((tmp_path / "found.json").read_text("utf-8"))
     lines = {line["what"]: line for line in found["floors"]["lines"]}
     assert lines["rows by unnest, 100 a statement"]["ours"] > lines["rows by unnest, 1 a statement"]["ours"] > 0
     assert all(what in done.out for what in lines)
-    assert _benchmarks_left(admin) <= before
+    assert measurer.databases() == []
 
 
 def test_bench_says_which_right_is_missing(run: Any, direct_dsn: str, admin: psycopg.Connection[Any]) -> None:
@@ -328,20 +342,19 @@ def test_bench_says_which_right_is_missing(run: Any, direct_dsn: str, admin: psy
     assert "CREATEDB" in done.error
 
 
-@pytest.mark.xdist_group("bench")  # they look at all databases of the server
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_benchmark_that_is_stopped_leaves_no_database(
-    direct_dsn: str, admin: psycopg.Connection[Any], tmp_path: Path, number: signal.Signals
+    measurer: Measurer, tmp_path: Path, number: signal.Signals
 ) -> None:
-    before = _benchmarks_left(admin)
     process = subprocess.Popen(
-        command("bench", "floors", "latency", "--rounds", "100"), env=environment(direct_dsn), cwd=tmp_path,
+        command("bench", "floors", "latency", "--rounds", "100"), env=environment(measurer.dsn), cwd=tmp_path,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert process.stdout is not None
     while "takes about" not in process.stdout.readline():
         assert process.poll() is None
+    assert len(measurer.databases()) == 1
     if number is signal.SIGINT:
         os.killpg(process.pid, number)  # as a terminal does
     else:
@@ -349,7 +362,7 @@ def test_a_benchmark_that_is_stopped_leaves_no_database(
     out, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number, error
     assert "latency" not in out
-    assert _benchmarks_left(admin) <= before
+    assert measurer.databases() == []
 
 
 def test_bench_needs_a_database_and_a_question_that_there_is(run: Any) -> None:
