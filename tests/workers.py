@@ -357,15 +357,23 @@ class Process:
         return await asyncio.to_thread(self.process.wait, seconds)
 
     def cut(self, *roles: str) -> int:
-        """End its connections (writer, pool, listen, lock, watch; default all) from the server's side; how many."""
+        """End its connections (writer, pool, listen, lock, watch; default all) from the server's side; how many.
+
+        Waits a moment for the first of them: the threads of lock and watch connect on their own, so a worker may
+        execute a run before it watches another. Behind a pooler their names cannot be relied on.
+        """
         worker = self.told("started")[0][2] if self.told("started") else 0
         names = [f"{self.name} {role}" for role in roles or ("writer", "pool", "listen")]
         names += [f"pgchan {role} {worker}" for role in roles or ("lock", "watch") if role in ("lock", "watch")]
+        until = time.monotonic() + (10.0 if direct(self.dsn) == self.dsn else 0.0)
         with psycopg.connect(direct(self.dsn), autocommit=True) as connection:
-            found = connection.execute(
-                "select pg_terminate_backend(pid) from pg_stat_activity where application_name = any (%s)", [names]
-            )
-            return len(found.fetchall())
+            while True:
+                found = connection.execute(
+                    "select pg_terminate_backend(pid) from pg_stat_activity where application_name = any (%s)", [names]
+                ).fetchall()
+                if found or time.monotonic() > until:
+                    return len(found)
+                time.sleep(0.02)
 
     def close(self) -> None:
         if self.process.poll() is None:
