@@ -400,10 +400,14 @@ class AsyncpgDb:
         assert isinstance(follow, AsyncFollow)
         await follow.wait(seconds)
 
-    async def watch_end(self, channel_id: int) -> AsyncEnding:
+    def mark(self) -> int:
+        """See Db."""
+        return self.listener.hub.mark
+
+    async def watch_end(self, channel_id: int, mark: int) -> AsyncEnding:
         """See Db."""
         await self.listener.start()
-        return AsyncEnding(self.listener, channel_id)
+        return AsyncEnding(self.listener, channel_id, mark)
 
     async def wait_end(self, ending: db.Ending, seconds: float) -> None:
         """See Db."""
@@ -926,14 +930,15 @@ class AsyncFollow:
 class AsyncEnding:
     """One caller's interest in a channel's end."""
 
-    __slots__ = ("_listener", "_looked", "_told", "_watch")
+    __slots__ = ("_listener", "_looked", "_told", "_watch", "missed")
 
-    def __init__(self, listener: Listener, channel_id: int) -> None:
+    def __init__(self, listener: Listener, channel_id: int, mark: int) -> None:
         self._told = asyncio.Event()
         self._looked = False
         self._listener = listener
         self._watch = Watch(channel_id, POSITION_MAX, self._told.set)
         listener.hub.watch(self._watch)
+        self.missed = listener.hub.has_changed(channel_id, mark)
 
     async def wait(self) -> None:
         """Until the channel may have ended. Who waits again was told so, looked, and found that it had not."""

@@ -97,7 +97,12 @@ class Follow(Protocol):
 
 
 class Ending(Protocol):
-    """An interest in a channel's end only, kept alive by holding it."""
+    """An interest in a channel's end only, kept alive by holding it.
+
+    missed: whether the channel may have ended since the mark: look again before waiting.
+    """
+
+    missed: bool
 
     def unfollow(self) -> None:
         """Give the interest up."""
@@ -130,7 +135,10 @@ class Db(Protocol):
     async def wait(self, follow: Follow, after: int, seconds: float) -> None:
         """Until there may be something behind `after`, or something else changed, or the time is over."""
 
-    async def watch_end(self, channel_id: int) -> Ending:
+    def mark(self) -> int:
+        """A mark for watch_end, to be taken before the look that found that the channel has not ended."""
+
+    async def watch_end(self, channel_id: int, mark: int) -> Ending:
         """Start hearing of a channel's end, and of nothing else."""
 
     async def wait_end(self, ending: Ending, seconds: float) -> None:

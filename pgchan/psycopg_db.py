@@ -314,10 +314,14 @@ class PsycopgDb:
         assert isinstance(follow, BlockingFollow)
         follow.wait(seconds)
 
-    async def watch_end(self, channel_id: int) -> BlockingEnding:
+    def mark(self) -> int:
+        """See Db."""
+        return self.listener.hub.mark
+
+    async def watch_end(self, channel_id: int, mark: int) -> BlockingEnding:
         """See Db."""
         self.listener.start()
-        return BlockingEnding(self.listener, channel_id)
+        return BlockingEnding(self.listener, channel_id, mark)
 
     async def wait_end(self, ending: db.Ending, seconds: float) -> None:
         """See Db."""
@@ -713,13 +717,14 @@ class BlockingFollow:
 class BlockingEnding:
     """One caller's interest in a channel's end."""
 
-    def __init__(self, listener: Listener, channel_id: int) -> None:
+    def __init__(self, listener: Listener, channel_id: int, mark: int) -> None:
         self._told = threading.Event()
         self._looked = False
         self._listener = listener
         self._watch = Watch(channel_id, POSITION_MAX, self._told.set)
         with listener.changed:
             listener.hub.watch(self._watch)
+            self.missed = listener.hub.has_changed(channel_id, mark)
 
     def wait(self, seconds: float) -> None:
         """Until the channel may have ended, or the time is over. See AsyncEnding."""

@@ -101,6 +101,7 @@ async def result(db: Db, run: str, timeout: float | None) -> Any:
     ending = None
     try:
         while True:
+            mark = db.mark()
             rows = await db.fetch(sql.RUN_RESULT, run)
             if not rows:
                 raise errors.run_not_found(run)
@@ -108,8 +109,9 @@ async def result(db: Db, run: str, timeout: float | None) -> Any:
             if state in ENDED:
                 return ended_value(run, state, value, error)
             if ending is None:
-                ending = await db.watch_end(channel_id)
-                continue  # look again: it may have ended before we were told of ends
+                ending = await db.watch_end(channel_id, mark)
+                if ending.missed:
+                    continue
             left = RESULT_WAIT_SECONDS if until is None else min(RESULT_WAIT_SECONDS, until - db.monotonic())
             if left <= 0:
                 raise TimeoutError(f"run {run!r} has not ended within {timeout:g} s; it is {state}")

@@ -408,6 +408,7 @@ class Child:
         ending = None
         try:
             while True:
+                mark = attempt.db.mark()
                 attempt.busy += 1  # the run must not leave memory while this child is not among what it waits for
                 try:
                     rows = await attempt.db.fetch(sql.RUN_RESULT, self.id)
@@ -422,8 +423,9 @@ class Child:
                     await self._parent._record(name, found, [])
                     return found
                 if ending is None:
-                    ending = await attempt.db.watch_end(channel_id)
-                    continue
+                    ending = await attempt.db.watch_end(channel_id, mark)
+                    if ending.missed:
+                        continue
                 told = asyncio.ensure_future(ending.wait())
                 try:
                     await attempt.park(told, runs.RESULT_WAIT_SECONDS * 360, self.id)

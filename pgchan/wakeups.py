@@ -32,6 +32,7 @@ BUFFER_MESSAGES_MAX = 1_000  # per followed channel; with the bytes below it bou
 BUFFER_BYTES_MAX = 1 << 20
 MOVED_MESSAGES_MAX = 500  # per channel and read
 MOVED_BYTES_MAX = 1 << 20
+CHANGES_MAX = 10_000  # channels of which the last change is remembered, to tell who looked before it that he missed it
 EARLY_MAX = 10_000  # channels that are remembered while new followers are looked up; the sweep covers the rest
 LOOKS_FREE = 10
 LOOK_SECONDS = 0.1  # a claim is two statements, so that invented hints cause twenty a second
@@ -144,6 +145,9 @@ class Hub:
         self._look_up_hinted = False  # whether a hint, not a sweep, asks for that
         self._looking = 0  # new followers whose channel is being looked up
         self._early: set[int] = set()  # channels that were heard of meanwhile, and not known yet
+        self.mark = 0  # counts what was heard of changes, so that who looks can tell what came after
+        self._changes: dict[int, int] = {}  # channels that have changed, and the mark of that, the latest last
+        self._forgotten = 0  # up to this mark no more is known
         self._reading: dict[int, Followed] = {}  # what the read that is under way was asked for
         self._behind = False  # the last read left something over
         self.fruitless = 0  # reads in a row that found nothing: hints that were invented, or late
@@ -181,6 +185,10 @@ class Hub:
             if not watches:
                 del self._watches[watch.id]
 
+    def has_changed(self, channel_id: int, mark: int) -> bool:
+        """Whether a channel may have ended, or changed otherwise than by messages, since that mark."""
+        return self._forgotten > mark or self._changes.get(channel_id, 0) > mark
+
     def on_queue(self, number: int, callback: Callable[[], None]) -> None:
         """Call back when a queue, by its hash, has work."""
         self._queues.setdefault(number, []).append(callback)
@@ -217,6 +225,8 @@ class Hub:
         for watch in tuple(self._watches.get(channel_id, ())):
             if head > watch.known or head == CHANGED:
                 watch.changed()
+        if head == CHANGED:
+            self._note_change(channel_id)
         followed = self._by_id.get(channel_id)
         if followed is None:
             if self._looking and len(self._early) < EARLY_MAX:
@@ -225,8 +235,18 @@ class Hub:
             followed.hinted = max(head, followed.hinted)
             self._dirty[channel_id] = followed
 
+    def _note_change(self, channel_id: int) -> None:
+        self.mark += 1
+        self._changes.pop(channel_id, None)
+        self._changes[channel_id] = self.mark
+        if len(self._changes) > CHANGES_MAX:
+            self._forgotten = self._changes.pop(next(iter(self._changes)))
+
     def everything_moved(self) -> None:
         """After a reconnect: whatever was announced meanwhile was missed."""
+        self.mark += 1
+        self._forgotten = self.mark
+        self._changes.clear()
         self._dirty = dict(self._by_id)
         self.look_up = True
         for watch in [watch for watches in self._watches.values() for watch in watches]:

@@ -39,6 +39,7 @@ from pgchan.workflows import DEFAULT_QUEUE, Workflow
 
 CLAIM_MAX = 100  # runs per claim; more in one transaction would keep others waiting
 UPKEEP_SECONDS = 10.0  # how often to look for runs without code, and for what is over and can be removed
+LOOK_LATER_SECONDS = 0.02  # after a claim that found something: what comes until then needs one look together
 CHECK_SECONDS = 5.0  # how often to compare what is executed with what is held
 DEADLINE_CHECK = 0.02  # of the lease: how late a passed deadline is noticed
 FINISH_SECONDS_MAX = 1.0  # longest pause between tries to record a run's end
@@ -83,6 +84,7 @@ class Worker:
         self._stopped = asyncio.Event()
         self._check_due = 0.0  # time.monotonic() at which to compare with what the database says
         self._claim_soon = asyncio.Event()
+        self._look_due: float | None = None  # time.monotonic() of a look that was put off
         self._is_full = True  # there may be runs that there was no room for
         self._inbox_soon = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -331,11 +333,12 @@ class Worker:
             try:
                 if time.monotonic() >= self._check_due:
                     await self._check_held()
-                if hinted or self._is_full:
-                    await self._claim_all()
-                is_ready, seconds = await self._look()
-                if is_ready and not hinted:
-                    await self._claim_all()  # a wakeup was lost, or a timer is due
+                claimed = await self._claim_all() if hinted or self._is_full else 0
+                seconds = self._may_look_later(claimed)
+                if not seconds:
+                    is_ready, seconds = await self._look()
+                    if is_ready and not hinted:
+                        await self._claim_all()  # a wakeup was lost, or a timer is due
             except errors.Error as error:
                 log.warning("worker %s cannot claim: %s", self.name, error)
                 seconds = SWEEP_SECONDS
@@ -346,15 +349,29 @@ class Worker:
                 async with asyncio.timeout(max(0.005, seconds)):
                     await self._claim_soon.wait()
 
-    async def _claim_all(self) -> None:
-        """Take what is ready, as far as there is room."""
+    def _may_look_later(self, claimed: int) -> float:
+        """For how long the next look may wait. A claim took what was ready; a look would only tell of timers, which are
+        rarely due within a moment, and the next hint may be there before."""
+        now = time.monotonic()
+        if claimed and self._look_due is None:
+            self._look_due = now + LOOK_LATER_SECONDS
+        if not claimed or self._look_due is None or now >= self._look_due:
+            self._look_due = None
+            return 0.0
+        return self._look_due - now
+
+    async def _claim_all(self) -> int:
+        """Take what is ready, as far as there is room; how many."""
         self._is_full = True
+        total = 0
         while not self._stopping and (room := min(CLAIM_MAX, self.concurrency - len(self._held))) > 0:
             claimed = await self._claim(room)
+            total += claimed
             self._claims.looked(claimed > 0, time.monotonic())
             if claimed < room:
                 self._is_full = False
-                return
+                break
+        return total
 
     async def _look(self) -> tuple[bool, float]:
         """Whether a run is ready, or due, for this worker, and when to look again. Locks and writes nothing."""
@@ -505,6 +522,8 @@ class Worker:
 
     async def _finish(self, attempt: Attempt, state: str, result: bytes | None, error: bytes | None) -> None:
         """Record the run's end. A repeat after a lost answer finds itself fenced by the first."""
+        if attempt.watch is not None:
+            self.client._db.listener.hub.unwatch(attempt.watch)  # its own end is no news, and signals come too late
         tries = 0
         while attempt.over is None or attempt.over == "deadline":
             try:

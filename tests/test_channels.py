@@ -49,6 +49,11 @@ async def test_a_key_is_stored_once(client: Any) -> None:
     await channel.publish("other")
     assert await channel.publish("paid", key="order-1") == first
     assert [message.key for message in await channel.read()] == ["order-1", None]
+    assert await channel.publish("paid", key="order-1") == first
+    with pytest.raises(errors.IdempotencyConflict):
+        await channel.publish("refunded", key="order-1")
+    assert (await channel.publish("more", key="order-2")).position == 3
+    assert (await channel.info()).head == 3
 
 
 async def test_a_key_with_another_body_is_a_conflict_that_names_the_first_position(client: Any) -> None:

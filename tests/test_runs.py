@@ -18,7 +18,7 @@ from doors import Door, query
 from workers import Workers
 
 import pgchan
-from pgchan import errors, worker
+from pgchan import errors, sql, worker
 
 
 @pgchan.workflow
@@ -141,6 +141,15 @@ async def test_a_delayed_run_begins_then_and_not_before(client: Any, workers: Wo
     await handle.result(10)
     status = await handle.status()
     assert timedelta(seconds=0.4) < status.started_at - status.created_at < timedelta(seconds=2.5)
+
+
+async def test_a_run_that_is_due_a_moment_after_another_began_is_not_forgotten(client: Any, workers: Workers) -> None:
+    await workers.start(add)
+    for delay in (0.001, 0.005, 0.015, 0.05):
+        due, now = await asyncio.gather(client.start(add, 1, delay=delay), client.start(add, 2))
+        await asyncio.gather(due.result(10), now.result(10))
+        status = await due.status()
+        assert status.started_at - status.created_at < timedelta(seconds=delay + 0.5)
 
 
 async def test_runs_begin_in_order_of_priority_then_of_age(client: Any, workers: Workers) -> None:
@@ -267,6 +276,59 @@ async def test_who_waits_for_a_result_is_told_at_once(client: Any, workers: Work
     await handle.signal(1)
     assert await asyncio.gather(*waiting) == [1, 1, 1]
     assert time.monotonic() - sent < 0.8
+
+
+async def test_a_run_that_ends_while_its_result_is_looked_for_is_not_waited_for(
+    workers: Workers, dsn: str, wait_until: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pgchan.AsyncClient(dsn) as client:
+        await workers.start(echo)
+        handle, before = await client.start(echo), await client.start(echo)
+        await before.signal(0)
+        await before.result(10)  # now the client listens
+        looks, announced = 0, 0.0
+        fetch = client._db.fetch
+
+        async def late(statement: str, *args: object) -> Any:
+            nonlocal looks, announced
+            rows = await fetch(statement, *args)
+            if statement == sql.RUN_RESULT:
+                looks += 1
+                if looks == 1:
+                    mark = client._db.mark()
+                    async with pgchan.AsyncClient(dsn) as other:
+                        await other.run(handle.id).signal("ended")
+                    await wait_until(lambda: client._db.mark() > mark)  # its end has been announced, to nobody
+                    announced = time.monotonic()
+            return rows
+
+        monkeypatch.setattr(client._db, "fetch", late)
+        assert await handle.result(10) == "ended"
+        assert looks == 2 and time.monotonic() - announced < 0.8  # less than a sweep
+
+
+async def test_who_waits_for_a_result_looks_before_and_after(
+    workers: Workers, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pgchan.AsyncClient(dsn) as client:
+        await workers.start(echo)
+        looks = 0
+        fetch = client._db.fetch
+
+        async def counted(statement: str, *args: object) -> Any:
+            nonlocal looks
+            looks += statement == sql.RUN_RESULT
+            return await fetch(statement, *args)
+
+        monkeypatch.setattr(client._db, "fetch", counted)
+        for first in (True, False):
+            looks = 0
+            handle = await client.start(echo)
+            waiting = asyncio.create_task(handle.result(10))
+            await asyncio.sleep(0.3)
+            await handle.signal(1)
+            assert await waiting == 1
+            assert looks == (3 if first else 2)  # at first it does not listen yet
 
 
 async def test_a_result_is_any_json_value(client: Any, workers: Workers) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from pgchan import sql
-from pgchan.wakeups import BUFFER_MESSAGES_MAX, CHANGED, MOVED_FEW, Followed, Hub, Watch
+from pgchan.wakeups import BUFFER_MESSAGES_MAX, CHANGED, CHANGES_MAX, MOVED_FEW, Followed, Hub, Watch
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 TOLD: list[Followed] = []
@@ -101,6 +101,30 @@ def test_after_a_reconnect_everything_is_read_and_everybody_told() -> None:
     hub.everything_moved()
     assert told == [18, 1]
     assert hub.next_read() is not None
+
+
+def test_who_looked_before_a_channel_changed_is_told_that_he_missed_it() -> None:
+    hub = Hub(TOLD.append)
+    hub.heard("pgchan_1", f"17:{CHANGED}")
+    mark = hub.mark
+    assert not hub.has_changed(17, mark)
+    hub.heard("pgchan_1", "17:9")  # messages are no change
+    assert not hub.has_changed(17, mark)
+    hub.heard("pgchan_1", f"33:{CHANGED}")
+    assert hub.has_changed(33, mark) and not hub.has_changed(17, mark)
+    hub.everything_moved()  # what was announced while the connection was lost was missed
+    assert hub.has_changed(17, mark) and not hub.has_changed(17, hub.mark)
+
+
+def test_what_is_remembered_of_changes_is_bounded_and_what_is_forgotten_counts_as_changed() -> None:
+    hub = Hub(TOLD.append)
+    mark = hub.mark
+    hub.heard("pgchan_1", f"17:{CHANGED}")
+    later = hub.mark
+    for id in range(100, 100 + CHANGES_MAX):
+        hub.heard("pgchan_2", f"{id}:{CHANGED}")
+    assert hub.has_changed(17, mark) and hub.has_changed(99, mark)
+    assert not hub.has_changed(17, later) and hub.has_changed(100, later)
 
 
 def test_an_old_answer_is_not_taken_for_what_a_new_follower_stands_on() -> None:

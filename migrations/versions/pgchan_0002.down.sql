@@ -101,6 +101,196 @@ alter table pgchan.channels
 create or replace function pgchan.version() returns text
 language sql immutable security definer set search_path = pg_catalog, pg_temp as $$ select 'pgchan_0001' $$;
 
+-- Append a batch over many channels in one go. Entries are grouped by channel; a channel appears in one group only.
+--
+-- Per group: ids (null: look the name up, create the channel if there is none) · names, types (only where id is null:
+-- the type a new channel gets and an existing one must have) · fences (the owner's epoch; null: anybody) · owners
+-- (groups of one owner are written together or not at all; null: on its own) · counts (entries) · inboxes (raise
+-- channels.inbox to this; null: leave it).
+-- Per entry: slots (its group) · nths (1, 2, 3… within it) · kinds (null: all messages), keys, steps, attempts, voids,
+-- bodies. counts, slots and nths are null where there is but one entry. The arrays that are not needed are left out
+-- because of a single publish: each one costs both sides more than it looks.
+--
+-- Returns per group: channel_ids, heads (after the append; null where nothing was), outcomes, bases (position = base +
+-- nth). When a key of the batch is already stored, bases is null and the answer is per entry: positions, outcomes, ats.
+-- Outcomes: appended · repeated (this key with this body is stored at this position) · conflict (with another body) ·
+-- missing (no such channel) · fenced (also: a journal, which takes nothing without a fence) · closed · type (the channel
+-- has another content type) · blocked (another group of its owner was refused) · locked (somebody's open transaction has
+-- held this channel for lock_wait ms; only with it).
+-- Locks the channels in id order. Called within a transaction it holds them until that commits, which is why a channel
+-- takes one publishing transaction at a time. lock_wait keeps one such transaction from delaying the other channels of
+-- the batch; null waits for all.
+create or replace function pgchan.append(
+  ids bigint[], names text[], types text[], fences bigint[], owners bigint[], counts integer[], inboxes bigint[],
+  slots integer[], nths integer[], kinds smallint[], keys text[], steps text[], attempts integer[], voids bigint[],
+  bodies bytea[], lock_wait integer default null,
+  out channel_ids bigint[], out heads bigint[], out bases bigint[], out outcomes text[], out at timestamptz,
+  out positions bigint[], out ats timestamptz[], out created boolean)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+declare
+  busy bigint[] := '{}';
+  unborn boolean := false;  -- whether a transaction that is still open is making one of these channels
+  one record;
+begin
+  if current_setting('synchronous_commit') in ('off', 'local', 'remote_write') then
+    perform set_config('synchronous_commit', 'on', true);  -- force_durability, without the call
+  end if;
+  created := false;
+  channel_ids := ids;
+  if counts is null then
+    counts := '{1}';
+    slots := '{1}';
+    nths := '{1}';
+  end if;
+  if kinds is null then
+    kinds := array_fill(0::smallint, array[cardinality(bodies)]);
+  end if;
+  if array_position(ids, null) is not null then
+    begin
+      if lock_wait is not null then
+        perform set_config('lock_timeout', greatest(lock_wait, 1) || 'ms', true);
+      end if;
+      insert into pgchan.channels (name, content_type)
+        select distinct on (g.name) g.name, g.type from unnest(ids, names, types) g (id, name, type)
+        where g.id is null order by g.name
+        on conflict (name) do nothing;
+      created := found;
+      if lock_wait is not null then
+        perform set_config('lock_timeout', '0', true);
+      end if;
+    exception when lock_not_available then
+      if lock_wait is null then
+        raise;
+      end if;
+      -- Make the others, one by one.
+      for one in select distinct on (g.name) g.name, g.type from unnest(ids, names, types) g (id, name, type)
+                 where g.id is null order by g.name loop
+        begin
+          perform set_config('lock_timeout', '1ms', true);
+          insert into pgchan.channels (name, content_type) values (one.name, one.type) on conflict (name) do nothing;
+          created := created or found;
+          perform set_config('lock_timeout', '0', true);
+        exception when lock_not_available then
+          unborn := true;
+        end;
+      end loop;
+    end;
+    select array_agg(coalesce(g.id, c.id) order by g.slot) into channel_ids
+      from unnest(ids, names) with ordinality g (id, name, slot)
+      left join pgchan.channels c on g.id is null and c.name = g.name;
+  end if;
+  -- The next position comes from the channel's row, never from max(position): a statement that waits for a lock keeps
+  -- the snapshot it took before waiting, so max() is stale and two publishers collide. The lock is taken in a statement
+  -- of its own; the next one sees what it waited for. It lasts until commit, which puts positions in commit order.
+  if cardinality(ids) = 1 and ids[1] is not null and (keys is null or cardinality(array_remove(keys, null)) = 0) then
+    -- One known channel and no keys, the usual batch of a single publisher. If nobody has the lock and nothing refuses
+    -- the batch, it takes two plain statements; everything else is told apart below.
+    update pgchan.channels c set head = c.head + counts[1], inbox = greatest(c.inbox, inboxes[1])
+      where c.id = (select k.id from pgchan.channels k where k.id = ids[1] for no key update skip locked)
+        and c.closed_at is null and (fences[1] = c.epoch or fences[1] is null and c.name not like 'pgchan:%')
+      returning array[c.head - counts[1]], array[c.head], array['appended'] into bases, heads, outcomes;
+    if found then
+      at := clock_timestamp();
+      if cardinality(bodies) = 1 then
+        insert into pgchan.messages (channel_id, "position", at, kind, step, attempt, void_from, body)
+          values (ids[1], heads[1], append.at, kinds[1], steps[1], attempts[1], voids[1], bodies[1]);
+      else
+        insert into pgchan.messages (channel_id, "position", at, kind, step, attempt, void_from, body)
+          select ids[1], bases[1] + e.nth, append.at, e.kind, e.step, e.attempt, e.void_from, e.body
+          from unnest(nths, kinds, steps, attempts, voids, bodies) e (nth, kind, step, attempt, void_from, body);
+      end if;
+      return;
+    end if;
+  end if;
+  busy := pgchan.lock_channels(channel_ids, lock_wait);
+  at := clock_timestamp();  -- after the lock, so that it does not run backwards within a channel
+  begin
+    with judged as (
+      select g.*, c.head,
+        case when c.id is null then case when g.given is null and unborn then 'locked' else 'missing' end
+             when c.id = any (busy) then 'locked'
+             when g.fence <> c.epoch or g.fence is null and c.name like 'pgchan:%' then 'fenced'
+             when c.closed_at is not null then 'closed'
+             when g.given is null and g.type <> c.content_type then 'type' else 'appended' end as outcome
+      from unnest(channel_ids, ids, types, fences, owners, counts, inboxes)
+        with ordinality g (id, given, type, fence, owner, n, inbox, slot)
+      left join pgchan.channels c on c.id = g.id
+    ), decided as (
+      select j.*, case when j.outcome = 'appended' and j.owner is not null
+                        and not bool_and(j.outcome = 'appended') over (partition by j.owner)
+                       then 'blocked' else j.outcome end as decision
+      from judged j
+    ), moved as (
+      update pgchan.channels c set head = c.head + d.n, inbox = greatest(c.inbox, d.inbox)
+      from decided d where c.id = d.id and d.decision = 'appended'
+    )
+    select array_agg(case when d.decision = 'appended' then d.head end order by d.slot),
+           array_agg(case when d.decision = 'appended' then d.head + d.n end order by d.slot),
+           array_agg(d.decision order by d.slot)
+      into bases, heads, outcomes from decided d;
+    -- A key is recognised for as long as its message is kept, also on a channel that was closed since.
+    if 'closed' = any (outcomes) and exists (
+        select from unnest(slots, keys) e (slot, key) where e.key is not null and outcomes[e.slot] = 'closed') then
+      raise unique_violation;
+    end if;
+    -- Positions are computed from the arrays. Joining RETURNING back to the entries instead is quadratic.
+    insert into pgchan.messages (channel_id, "position", at, kind, key, step, attempt, void_from, body)
+      select channel_ids[e.slot], bases[e.slot] + e.nth, append.at, e.kind, e.key, e.step, e.attempt, e.void_from, e.body
+      from unnest(slots, nths, kinds, keys, steps, attempts, voids, bodies)
+        e (slot, nth, kind, key, step, attempt, void_from, body)
+      where bases[e.slot] is not null;
+  exception when unique_violation then
+    -- A key of the batch is, or may be, stored already. Looking keys up always would cost every batch; this way only
+    -- repeats pay.
+    bases := null;
+    with judged as materialized (
+      select e.*, g.id, g.owner, g.inbox, c.head, first."position" as stored_position, first.at as stored_at,
+        case when c.id is null then case when g.given is null and unborn then 'locked' else 'missing' end
+             when c.id = any (busy) then 'locked'
+             when g.fence <> c.epoch or g.fence is null and c.name like 'pgchan:%' then 'fenced'
+             when first."position" is not null
+               then case when first.body = e.body and first.kind = e.kind then 'repeated' else 'conflict' end
+             when c.closed_at is not null then 'closed'
+             when g.given is null and g.type <> c.content_type then 'type' else 'appended' end as outcome
+      from unnest(slots, kinds, keys, steps, attempts, voids, bodies)
+        with ordinality e (slot, kind, key, step, attempt, void_from, body, n)
+      join unnest(channel_ids, ids, types, fences, owners, inboxes)
+        with ordinality g (id, given, type, fence, owner, inbox, slot) on g.slot = e.slot
+      left join pgchan.channels c on c.id = g.id
+      left join lateral (select m."position", m.at, m.body, m.kind from pgchan.messages m
+                         where e.key is not null and m.channel_id = g.id and m.key = e.key) first on true
+    ), decided as materialized (
+      select j.*, case when j.outcome = 'appended' and j.owner is not null
+                        and not bool_and(j.outcome in ('appended', 'repeated')) over (partition by j.owner)
+                       then 'blocked' else j.outcome end as decision
+      from judged j
+    ), placed as materialized (
+      select d.*, case when d.decision = 'appended'
+                       then d.head + row_number() over (partition by d.id, d.decision order by d.n)
+                       else d.stored_position end as placed_at
+      from decided d
+    ), moved as (
+      update pgchan.channels c set head = g.head, inbox = greatest(c.inbox, g.inbox)
+      from (select p.id, max(p.placed_at) as head, max(p.inbox) as inbox from placed p
+            where p.decision = 'appended' group by p.id) g
+      where c.id = g.id
+    ), stored as (
+      insert into pgchan.messages (channel_id, "position", at, kind, key, step, attempt, void_from, body)
+      select p.id, p.placed_at, append.at, p.kind, p.key, p.step, p.attempt, p.void_from, p.body
+      from placed p where p.decision = 'appended'
+    )
+    select array_agg(p.placed_at order by p.n), array_agg(p.decision order by p.n),
+           array_agg(case when p.decision = 'appended' then append.at else p.stored_at end order by p.n)
+      into positions, outcomes, ats from placed p;
+    select array_agg(p.head order by g.slot) into heads
+      from unnest(channel_ids) with ordinality g (id, slot)
+      left join (select a.slot, max(a."position") as head
+                 from unnest(positions, outcomes, slots) a ("position", outcome, slot)
+                 where a.outcome = 'appended' group by a.slot) p on p.slot = g.slot;
+  end;
+end $$;
+
 -- Delete a channel and its messages; of a run that has ended, its journal too. Outcomes: deleted, missing, running.
 create or replace function pgchan.delete_channel(name text) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
