@@ -10,8 +10,8 @@ The next one leads from that release's schema to pgchan/schema.sql, and back by 
     and views     stay. Those whose arguments or columns differ in a way that it cannot follow are dropped first
     the rest      rows that schema.sql inserts: once; grants: always
 
-What cannot be derived is what becomes of rows: BACKFILL, FAREWELL. tests/test_migrations.py proves that the way
-up ends at schema.sql, and the way down at the release.
+What cannot be derived is what becomes of rows, and of calls under way: BACKFILL, FAREWELL, PARTING.
+tests/test_migrations.py proves that the way up ends at schema.sql, and the way down at the release.
 """
 
 from __future__ import annotations
@@ -37,6 +37,22 @@ BACKFILL = ""
 FAREWELL = """
 -- Nobody would ever delete them.
 delete from pgchan.messages m using pgchan.removed r where m.channel_id = r.channel_id;
+"""
+
+# Statements that come last on the way down, when the calls that came meanwhile wait for its tables.
+PARTING = """
+-- An end of a run that waits here began with the text of pgchan_0002, which calls what is gone now, and workers of
+-- 0.1.0 take what the server says then for the failure of their run. With their connection cut they ask again. Who may
+-- not cut it can only hope.
+do $$
+begin
+  perform pg_stat_clear_snapshot();
+  perform pg_terminate_backend(a.pid) from pg_stat_activity a
+    where a.datname = current_database() and a.pid <> pg_backend_pid() and a.wait_event_type = 'Lock'
+      and a.query like '%pgchan.call_finish%';
+exception when insufficient_privilege then
+  null;
+end $$;
 """
 
 ROOT = Path(__file__).parent.parent
@@ -197,7 +213,7 @@ class Schema:
         self.options = {t: {name: what for table, name, what in rows(OPTIONS) if table == t} for t in tables}
 
 
-def way(before: Schema, after: Schema, *, first: str = "", backfill: str = "") -> str:
+def way(before: Schema, after: Schema, *, first: str = "", backfill: str = "", last: str = "") -> str:
     """The statements that lead from one schema to another."""
     dropped = [name for name in before.text.routine if before.signatures[name] != after.signatures.get(name)]
     lost = {f"{t}.{c}" for t in before.columns for c in before.columns[t].keys() - after.columns.get(t, {}).keys()}
@@ -214,6 +230,7 @@ def way(before: Schema, after: Schema, *, first: str = "", backfill: str = "") -
             steps.append(re.sub(r"^create (?=[fpv])", "create or replace ", statement, count=1, flags=re.M))
     steps += [row for row in after.text.rest if not any(same(row, was) for was in before.text.rest)]
     steps += after.text.grant
+    steps += statements.split(last)
     tables = sorted(before.text.table, key=lambda table: ORDER.index(table) if table in ORDER else len(ORDER))
     known = [*tables, *before.text.view]
     lock = LOCK.format(relations=", ".join(f"'{relation}'" for relation in known))
@@ -293,7 +310,7 @@ def freeze() -> list[Path]:
         cluster.remove()
     ways = {
         VERSIONS / f"{REVISION}.sql": way(before, after, backfill=BACKFILL),
-        VERSIONS / f"{REVISION}.down.sql": way(after, before, first=FAREWELL),
+        VERSIONS / f"{REVISION}.down.sql": way(after, before, first=FAREWELL, last=PARTING),
     }
     return [path for path, sql in ways.items() if _write(path, sql)]
 

@@ -27,6 +27,7 @@ from traffic import Traffic
 
 import pgchan
 from pgchan import db, errors, migrate
+from pgchan.migrations import statements
 
 LAST = max(RELEASED)
 VERSIONS = Path(__file__).parent.parent / "migrations" / "versions"
@@ -284,6 +285,34 @@ def form(connection: psycopg.Connection[Any], statement: str) -> list[tuple[byte
     described = connection.pgconn.describe_prepared(b"")
     assert described.status == psycopg.pq.ExecStatus.COMMAND_OK, described.error_message.decode()
     return [(described.fname(n), described.ftype(n)) for n in range(described.nfields)]
+
+
+async def test_an_end_that_waits_for_a_downgrade_is_cut_off_and_can_be_repeated(old_dsn: str, wait_until: Any) -> None:
+    migrate.upgrade(old_dsn)
+    with psycopg.connect(old_dsn, autocommit=True) as connection:
+        connection.execute("select pgchan.start('squares', '[]', 'r')")
+        (run,) = connection.execute("select channel_id from pgchan.runs").fetchone() or ()
+        finish = f"call pgchan.call_finish({run}, 0, 'succeeded', null, null, null, null)"
+
+        def end() -> BaseException | None:
+            with psycopg.connect(old_dsn, autocommit=True) as other:
+                try:
+                    other.execute(finish)
+                except psycopg.Error as error:
+                    return error
+            return None
+
+        down = statements.split((VERSIONS / f"{REVISION}.down.sql").read_text("utf-8"))
+        with connection.transaction():
+            connection.execute(down[0].encode())  # the locks
+            ending = asyncio.create_task(asyncio.to_thread(end))
+            await wait_until(lambda: query(
+                old_dsn, "select 1 from pg_locks l join pg_database d on d.oid = l.database "
+                         "where d.datname = current_database() and not l.granted"))  # fmt: skip
+            for statement in down[1:]:
+                connection.execute(statement.encode())
+        assert isinstance(await ending, psycopg.errors.AdminShutdown)
+        connection.execute(finish.encode())
 
 
 async def test_a_downgrade_while_workers_of_both_run_loses_nothing(old: Path, old_dsn: str, begin: Begin) -> None:
