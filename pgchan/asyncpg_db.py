@@ -32,6 +32,7 @@ from pgchan.wakeups import LISTEN_NAMES, SWEEP_SECONDS, Followed, Hub, Pace, Wat
 from pgchan.writer import LOCK_WAIT_MS, Batch, Queued, Settle, Waiting
 
 CONNECT_SECONDS = 5.0  # for one try
+LEASE_SECONDS = 30.0  # how long a connection stays outside of the pool without being given back to it
 CALL_SECONDS = 35.0  # longer than statement_timeout: past it the connection is given up
 LISTEN_SECONDS = 10.0  # for one statement of the listener
 PING_SECONDS = 3.0  # how often the listener hears itself; it reconnects when it missed a ping
@@ -67,7 +68,7 @@ class AsyncpgDb:
         self._pool_size = pool_size
         self._name = name
         self._patience = patience
-        self._pool: asyncpg.Pool[Any] | None = None
+        self._pool: Pool | None = None
         self._opening = asyncio.Lock()
         self._pooled = False  # whether the DSN leads through a pooler
         self._server_version = 0  # known after the checks, as is the name of the database
@@ -127,7 +128,7 @@ class AsyncpgDb:
             return {"prepare_threshold": None}
         return {"options": db.session_options(db.settings("pool", self._server_version), self.dsn)}
 
-    async def _open(self) -> asyncpg.Pool[Any]:
+    async def _open(self) -> Pool:
         if self._pool is not None:
             return self._pool
         async with self._opening:
@@ -140,7 +141,7 @@ class AsyncpgDb:
                 self._pool = await self._make_pool()
         return self._pool
 
-    async def _make_pool(self) -> asyncpg.Pool[Any]:
+    async def _make_pool(self) -> Pool:
         async def connect(*_: Any, **__: Any) -> Connection:
             connection = await self.connect("pool")
             await self.look_back(connection)
@@ -149,7 +150,7 @@ class AsyncpgDb:
         async def keep(_: Connection) -> None:
             """Nothing to reset: transactions are ended, and pgchan changes no setting of a session."""
 
-        return await asyncpg.create_pool(connect=connect, reset=keep, min_size=0, max_size=self._pool_size)
+        return Pool(await asyncpg.create_pool(connect=connect, reset=keep, min_size=0, max_size=self._pool_size))
 
     async def _check(self, connection: Connection) -> None:
         row = await connection.fetchrow(sql.DEPLOYMENT)
@@ -307,6 +308,7 @@ class AsyncpgDb:
             raise errors.Unavailable(f"all {self._pool_size} connections of the pool are in use") from None
         except DRIVER_ERRORS as error:
             raise translate(error, writing=False) from error
+        in_order = False
         try:
             if await _is_cut(connection):
                 raise errors.Unavailable("the database cannot be reached")
@@ -314,6 +316,7 @@ class AsyncpgDb:
             if points.reached is not None and (name := SENT.get(statement)) is not None:
                 point_soon(name, asyncio.get_running_loop().call_soon)
             rows: list[Row] = await connection.fetch(statement, *args, timeout=CALL_SECONDS)
+            in_order = True
             return rows
         except DRIVER_ERRORS as error:
             # Lost, or not the primary's any more: the pool must not hand it out again.
@@ -321,7 +324,7 @@ class AsyncpgDb:
                 connection.terminate()
             raise
         finally:
-            await pool.release(connection)
+            await pool.release(connection, keep=in_order)
 
     async def _persist(self, action: Callable[[], Any], *, writing: bool) -> Any:
         """Do it, and do it again while it is known not to be done, until the patience is over."""
@@ -448,6 +451,62 @@ class AsyncpgDb:
     def monotonic(self) -> float:
         """See Db."""
         return time.monotonic()
+
+
+class Pool:
+    """asyncpg's pool, with what came back last kept at hand: going through the pool costs as much as a short statement.
+
+    A connection is kept only while nobody waits for the pool. Every LEASE_SECONDS the pool has back what is not in use,
+    and closes in its own time what nobody needs.
+    """
+
+    def __init__(self, pool: asyncpg.Pool[Any]) -> None:
+        self._pool = pool
+        self._kept: list[Any] = []  # the last one goes out first
+        self._queueing = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._returning: asyncio.Task[None] | None = None
+
+    async def acquire(self, timeout: float) -> Connection:
+        """A connection, after at most so many seconds, else TimeoutError."""
+        while self._kept:
+            connection = self._kept.pop()
+            if not connection.is_closed():
+                return connection
+            await self._pool.release(connection)
+        self._queueing += 1
+        try:
+            return await self._pool.acquire(timeout=timeout)
+        finally:
+            self._queueing -= 1
+
+    async def release(self, connection: Connection, *, keep: bool = False) -> None:
+        """Give it back. keep: if it is known to be in good order; else the pool looks after it."""
+        if self._queueing or not keep:
+            await self._pool.release(connection)
+            return
+        self._kept.append(connection)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(LEASE_SECONDS, self._return_soon)
+
+    def _return_soon(self) -> None:
+        self._timer = None
+        self._returning = asyncio.create_task(self._return_all(), name="pgchan pool")
+
+    async def _return_all(self) -> None:
+        while self._kept:
+            await self._pool.release(self._kept.pop())
+
+    async def close(self) -> None:
+        """Close all connections, when they are back."""
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._return_all()
+        await self._pool.close()
+
+    def terminate(self) -> None:
+        """Close all connections now."""
+        self._pool.terminate()
 
 
 # ------------------------------------------------------------------------------------------------ writing

@@ -178,7 +178,12 @@ SESSION_SINCE: dict[str, tuple[int, str]] = {
 }
 # The connections that write and listen send the same few statements for ever: one plan each, made once, is enough. The
 # pool lends its connections to run.transaction(), whose statements are not ours to plan.
-DEDICATED: dict[str, str] = {"plan_cache_mode": "force_generic_plan"}
+DEDICATED: dict[str, str] = {
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+}
 # Not every platform that PostgreSQL runs on has these; a server that refuses them is asked again without.
 SESSION_OPTIONAL = ("client_connection_check_interval",)
 

@@ -19,9 +19,11 @@
 --   * A procedure that commits may be neither SECURITY DEFINER nor have a SET clause. So procedures are bare: every name
 --     is qualified, they hold no operator and decide nothing. Functions are SECURITY DEFINER with a pinned search_path.
 --   * Refusals that belong to one entry of a batch are outcomes (text), not exceptions: the other entries go ahead.
---   * What runs go through plans each statement once per session (plan_cache_mode). A session of a pool would do it anew
---     for each call, since for one run instead of some a plan looks cheaper: half of the time of a claim. So that plans
---     which were made for empty tables are right for full ones they use indexes in any case (enable_seqscan).
+--   * What writers and runs go through plans each statement once per session (plan_cache_mode). A session of a pool would
+--     do it anew for each call, since for one run instead of some a plan looks cheaper: half of the time of a claim. That
+--     plan was made when the tables were small, and must be right when they are large: a few rows by their keys, whatever
+--     reading all of a table would have cost then (enable_seqscan, enable_hashjoin, enable_mergejoin). Such a header
+--     costs a tenth of a microsecond.
 
 create schema if not exists pgchan;
 
@@ -223,7 +225,9 @@ end $$;
 -- Lock channels in id order, until the transaction ends. lock_wait null: all, however long it takes. Else wait so many
 -- milliseconds, then take those that are free. Returns those that are not locked: a caller's open transaction has them.
 create function pgchan.lock_channels(ids bigint[], lock_wait integer) returns bigint[]
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
   busy bigint[] := '{}';
 begin
@@ -270,7 +274,9 @@ create function pgchan.append(
   bodies bytea[], lock_wait integer default null,
   out channel_ids bigint[], out heads bigint[], out bases bigint[], out outcomes text[], out at timestamptz,
   out positions bigint[], out ats timestamptz[], out created boolean)
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
   busy bigint[] := '{}';
@@ -758,7 +764,7 @@ end $$;
 -- Remove channels that the caller has locked, and the runs that they belong to. Their messages go with them, the fewest
 -- first, as long as they are at most `most`; those of the others are left to `upkeep`. Returns how many were deleted.
 create function pgchan.remove_channels(ids bigint[], most bigint) returns bigint
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 declare
   gone bigint;
 begin
@@ -812,7 +818,7 @@ end $$;
 -- another one is under way. most: messages, so that the batch, and with it what a publisher may have to wait for while
 -- his channel is trimmed, is over within some tens of milliseconds.
 create function pgchan.upkeep(most integer default 2000, out channels bigint, out messages bigint, out more boolean)
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 #variable_conflict use_variable
 declare
   policy pgchan.retention;
@@ -852,7 +858,7 @@ $$;
 
 -- Delete messages whose channel is gone; how many.
 create function pgchan.delete_removed(most bigint) returns bigint
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 declare
   one pgchan.removed;
   boundary bigint;
@@ -877,7 +883,7 @@ end $$;
 -- Remove channels whose time is over.
 create function pgchan.remove_expired(
   after timestamptz, most bigint, out channels bigint, out messages bigint, out reached timestamptz)
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 declare
   ids bigint[];
   moment timestamptz := clock_timestamp();  -- no index serves a comparison with the function itself
@@ -900,7 +906,7 @@ end $$;
 create function pgchan.remove_ended(
   seconds double precision, after timestamptz, most bigint,
   out channels bigint, out messages bigint, out reached timestamptz)
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 declare
   ids bigint[];
   seen integer := 0;
@@ -925,7 +931,7 @@ end $$;
 
 -- Remove those of these channels that nobody has locked and whose run, if they have one, has ended.
 create function pgchan.remove_free(ids bigint[], most bigint, out channels bigint, out messages bigint)
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 declare
   ended bigint[];
   free bigint[];
@@ -954,7 +960,7 @@ end $$;
 -- Trim the channels that are to keep a number of messages or an age, as far as no run that goes on needs what it said
 -- itself, and signals that nobody has consumed.
 create function pgchan.trim_kept(after bigint, most bigint, out messages bigint, out reached bigint)
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 #variable_conflict use_variable
 declare
   one bigint;
@@ -1028,7 +1034,8 @@ create function pgchan.enqueue_many(
   timeouts double precision[], inputs bytea[], parents bigint[],
   out outcomes text[], out ready text[])
 language plpgsql security definer set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 begin
   perform pgchan.check_name(g.run) from unnest(runs) g (run);
@@ -1128,7 +1135,8 @@ create function pgchan.claim(worker integer, queues text[], workflows text[], mo
 returns table (channel_id bigint, run text, journal_id bigint, workflow text, input bytea, attempt integer, epoch bigint,
                speaks_from bigint, deadline timestamptz, head bigint, journal_head bigint, now timestamptz)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
   one text;
@@ -1205,7 +1213,9 @@ end $$;
 -- has locked the runs. The step is random, or a claim that a failover lost would have the number of the one after it,
 -- and two workers would own the run.
 create function pgchan.supersede(runs bigint[]) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 begin
   perform from pgchan.channels c
@@ -1223,7 +1233,9 @@ end $$;
 -- ids. Without the latter a parent that suspends just before this commits would neither see the end nor be woken by it.
 -- It is a share of a lock: children that end together do not wait for each other, nor does a claim of the parent.
 create function pgchan.hold_families(runs bigint[]) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
   one record;
 begin
@@ -1253,7 +1265,8 @@ end $$;
 create function pgchan.finish_many(
   runs bigint[], epochs bigint[], states text[], results bytea[], errors bytea[], out outcomes text[], out ready text[])
 language plpgsql security definer set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
   owned bigint[];  -- null where another epoch owns the run
@@ -1279,7 +1292,9 @@ $$;
 -- What `finish_many` and `cancel` have in common, once they hold the families. Runs that are null are passed over. Returns
 -- the queues of parents that wait.
 create function pgchan.settle_many(runs bigint[], states text[], results bytea[], errors bytea[]) returns text[]
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
   ending bigint[];
@@ -1407,7 +1422,8 @@ $$;
 create function pgchan.suspend(run bigint, epoch bigint, wake_at timestamptz, seen bigint, children text[])
 returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 begin
   perform pgchan.force_durability();
@@ -1434,7 +1450,8 @@ end $$;
 -- those whose channel a caller's open transaction has locked. Returns the queues.
 create function pgchan.release(worker integer, runs bigint[], lock_wait integer default null) returns text[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
   mine bigint[];
@@ -1464,7 +1481,8 @@ create function pgchan.deliver(
   run text, body bytea, key text,
   out outcome text, out channel_id bigint, out "position" bigint, out at timestamptz, out head bigint, out ready text)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
   target pgchan.runs;
@@ -1509,7 +1527,9 @@ end $$;
 
 -- Cancel a run: true from this commit on nothing more is recorded for it; false if it had ended; null if there is none.
 create function pgchan.cancel(run text) returns boolean
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
   target pgchan.runs;
   ready text[];
@@ -1699,7 +1719,7 @@ end $$;
 -- The lock counts only in the hands of the session that the row names. Anybody may take any advisory lock, and a
 -- stranger that sits on this one must not keep a dead worker alive.
 create function pgchan.reap(worker integer) returns integer
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 declare
   session integer;
   held integer;

@@ -1,8 +1,10 @@
 """Every statement that the clients send, and why it is written that way.
 
 Writes are calls of the routines in schema.sql; reads stand here. Statements are static text with `$n` parameters,
-each cast, so that both drivers and SQLAlchemy send the same text and the server never guesses a type. The worker's
-presence (locks, heartbeats) is in the last section. Long, because SQL stands here and nowhere else.
+each cast, so that both drivers and SQLAlchemy send the same text and the server never guesses a type. A session keeps
+the plan that it made when the tables were small, so what reads by keys says `lateral (… limit 1)` or `offset 0` where a
+join would do: that leaves only an index. The worker's presence (locks, heartbeats) is in the last section. Long,
+because SQL stands here and nowhere else.
 """
 
 from __future__ import annotations
@@ -150,8 +152,10 @@ where c.name = $1::text order by m."position"
 # Names to what a listener must know of them; the last message's time makes their cursors verifiable.
 FOLLOW = """
 select c.name, c.id, c.head, m.at, c.closed_at is not null, c.content_type
-from pgchan.channels c left join pgchan.messages m on m.channel_id = c.id and m."position" = c.head
-where c.name = any ($1::text[])
+from unnest($1::text[]) q (name)
+cross join lateral (select c.* from pgchan.channels c where c.name = q.name limit 1) c
+left join lateral (
+  select m.at from pgchan.messages m where m.channel_id = c.id and m."position" = c.head limit 1) m on true
 """
 
 # All channels that have moved, in one statement: from the last message that the process has on, which is compared.
@@ -225,9 +229,12 @@ RUN_RESULT = """
 select r.channel_id, r.state, r.result, r.error
 from pgchan.channels c join pgchan.runs r on r.channel_id = c.id where c.name = $1::text
 """
+# The same of several.
 RUN_RESULTS = """
 select c.name, r.channel_id, r.state, r.result, r.error
-from pgchan.channels c join pgchan.runs r on r.channel_id = c.id where c.name = any ($1::text[])
+from unnest($1::text[]) q (name)
+cross join lateral (select c.id, c.name from pgchan.channels c where c.name = q.name limit 1) c
+cross join lateral (select r.* from pgchan.runs r where r.channel_id = c.id limit 1) r
 """
 # The channel that holds a run's results.
 RUN_JOURNAL = """
@@ -277,16 +284,17 @@ select exists (select from unnest($1::text[]) q (name) cross join lateral (
 """
 # The journals of claimed runs, in order.
 JOURNALS = """
-select m.channel_id, m.kind, m.key, m.step, m.attempt, m.body, m.at from pgchan.messages m
-where m.channel_id = any ($1::bigint[]) order by m.channel_id, m."position"
+select f.id, m.kind, m.key, m.step, m.attempt, m.body, m.at from unnest($1::bigint[]) f (id)
+cross join lateral (select m.* from pgchan.messages m where m.channel_id = f.id order by m."position" offset 0) m
 """
 # Which steps have spoken, how far, and in which attempt: what a later attempt must void or may carry on from.
 SPOKEN = """
-select m.channel_id, m.step, max(m.attempt) filter (where m.kind = 0),
-       max(m.attempt) filter (where m.kind = 2 and m.void_from is not null)
-from pgchan.messages m
-join unnest($1::bigint[], $2::bigint[]) f (id, speaks_from) on m.channel_id = f.id and m."position" >= f.speaks_from
-where m.step is not null group by m.channel_id, m.step
+select f.id, s.* from unnest($1::bigint[], $2::bigint[]) f (id, speaks_from)
+cross join lateral (
+  select m.step, max(m.attempt) filter (where m.kind = 0),
+         max(m.attempt) filter (where m.kind = 2 and m.void_from is not null)
+  from pgchan.messages m
+  where m.channel_id = f.id and m."position" >= f.speaks_from and m.step is not null group by m.step offset 0) s
 """
 # Output of a step by its earlier attempts that is not void, in order: run.previous().
 PREVIOUS = """
@@ -298,11 +306,11 @@ where m.channel_id = $1::bigint and m."position" >= $2::bigint and m.step = $3::
 INBOX = """
 select f.id, c.epoch, c.head, c.closed_at is not null, m."position", m.at, m.key, m.body
 from unnest($1::bigint[], $2::bigint[], $3::integer[]) f (id, seen, most)
-left join pgchan.channels c on c.id = f.id
+left join lateral (select c.* from pgchan.channels c where c.id = f.id limit 1) c on true
 left join lateral (select s.* from pgchan.messages s where s.channel_id = f.id and s.kind = 1
-                   and s."position" > greatest(f.seen, c.inbox) and not exists (
-                     select from pgchan.messages d
-                     where d.channel_id = f.id and d.key = 'pgchan:consumed:' || s."position")
+                   and s."position" > greatest(f.seen, c.inbox) and (
+                     select d."position" from pgchan.messages d
+                     where d.channel_id = f.id and d.key = 'pgchan:consumed:' || s."position" limit 1) is null
                    order by s."position" limit f.most) m on true
 order by f.id, m."position"
 """

@@ -6,6 +6,7 @@ table. Both with plans made for the arguments and with generic ones, for a sessi
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import Iterator
@@ -15,7 +16,10 @@ from typing import Any
 import psycopg
 import pytest
 from cluster import on_database
+from doors import query
+from workers import Workers
 
+import pgchan
 from pgchan import db, sql
 
 Connection = psycopg.Connection[Any]
@@ -319,3 +323,58 @@ def test_the_upkeep_that_has_nothing_to_do_reads_little(full: Full) -> None:
         spent(full.rows_read("select pgchan.upkeep()"), channels=500, messages=100, runs=10)
     finally:
         full.connection.execute("select pgchan.set_retention(null)")
+
+
+# ------------------------------------------------------------------------------------------------ tables that grow
+
+
+async def say(run: pgchan.Run) -> None:
+    await run.publish("hello")
+
+
+@pgchan.workflow
+async def talk(run: pgchan.Run) -> int:
+    """Says something, is told something, and records it."""
+    await run.step(say, run)
+    message = await run.receive()
+    assert message is not None
+    return await run.step(lambda: message.position, name="note")
+
+
+async def settled(dsn: str) -> int:
+    """How many rows of these tables were read so far. Sessions report theirs once a second."""
+    counted = (
+        "select sum(seq_tup_read + coalesce(idx_tup_fetch, 0))::bigint from pg_stat_user_tables "
+        "where schemaname = 'pgchan' and relname = any (%s)"
+    )
+    before = -1
+    while (found := query(dsn, counted, list(TABLES))[0][0]) != before:
+        before = found
+        await asyncio.sleep(1.3)
+    return int(found)
+
+
+async def test_sessions_that_began_with_empty_tables_read_by_keys_when_they_are_full(
+    dsn: str, workers: Workers
+) -> None:
+    async with pgchan.AsyncClient(dsn) as client:
+        await workers.start(talk)
+
+        async def one() -> None:
+            handle = await client.start(talk)
+            await handle.signal("x")
+            assert [message.body async for message in handle.tail() if message.kind == "message"] == ["hello"]
+            await handle.result(30)
+            assert await handle.cancel() is False
+
+        async def some(count: int) -> float:
+            before = await settled(dsn)
+            for _ in range(count // 20):
+                await asyncio.gather(*(one() for _ in range(20)))
+            return (await settled(dsn) - before) / count
+
+        await some(20)
+        few = await some(60)
+        await some(600)
+        many = await some(60)
+        assert many < 2 * few, (few, many)

@@ -101,6 +101,31 @@ alter table pgchan.channels
 create or replace function pgchan.version() returns text
 language sql immutable security definer set search_path = pg_catalog, pg_temp as $$ select 'pgchan_0001' $$;
 
+-- Lock channels in id order, until the transaction ends. lock_wait null: all, however long it takes. Else wait so many
+-- milliseconds, then take those that are free. Returns those that are not locked: a caller's open transaction has them.
+create or replace function pgchan.lock_channels(ids bigint[], lock_wait integer) returns bigint[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  busy bigint[] := '{}';
+begin
+  if lock_wait is null then
+    perform from pgchan.channels c where c.id = any (ids) order by c.id for no key update;
+    return busy;
+  end if;
+  begin
+    perform set_config('lock_timeout', greatest(lock_wait, 1) || 'ms', true);
+    perform from pgchan.channels c where c.id = any (ids) order by c.id for no key update;
+    perform set_config('lock_timeout', '0', true);  -- it must not strike later, least of all after the commit
+  exception when lock_not_available then
+    -- The setting was undone with the subtransaction, and so were the locks.
+    with free as materialized (
+      select c.id from pgchan.channels c where c.id = any (ids) order by c.id for no key update skip locked)
+    select coalesce(array_agg(c.id), '{}') into busy from pgchan.channels c
+      where c.id = any (ids) and not exists (select from free f where f.id = c.id);
+  end;
+  return busy;
+end $$;
+
 -- Append a batch over many channels in one go. Entries are grouped by channel; a channel appears in one group only.
 --
 -- Per group: ids (null: look the name up, create the channel if there is none) · names, types (only where id is null:
@@ -433,6 +458,24 @@ begin
               c.head, j.head, clock_timestamp();
 end $$;
 
+-- Raise the epochs of these runs' channels, both to the same number: whoever owned them can write no more. The caller
+-- has locked the runs. The step is random, or a claim that a failover lost would have the number of the one after it,
+-- and two workers would own the run.
+create or replace function pgchan.supersede(runs bigint[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+begin
+  perform from pgchan.channels c
+    where c.id in (select unnest(array[r.channel_id, r.journal_id]) from pgchan.runs r where r.channel_id = any (supersede.runs))
+    order by c.id for no key update;
+  update pgchan.channels c set epoch = e.epoch
+    from (select r.channel_id, r.journal_id,
+                 greatest(o.epoch, j.epoch) + 1 + floor(random() * (1 << 20))::bigint as epoch
+          from pgchan.runs r join pgchan.channels o on o.id = r.channel_id join pgchan.channels j on j.id = r.journal_id
+          where r.channel_id = any (supersede.runs)) e
+    where c.id in (e.channel_id, e.journal_id);
+end $$;
+
 -- Lock the row of a run that is about to end, and against `suspend` that of the run which started it, in order of ids.
 -- Without the second lock a parent that suspends just before this commits would neither see the end nor be woken by it.
 -- It is a share of a lock: children that end together do not wait for each other, nor does a claim of the parent.
@@ -601,6 +644,38 @@ begin
   ready := pgchan.settle(target.channel_id, 'cancelled', null, null);
   perform pgchan.wake(array[target.channel_id], array[-1], false, array[ready]);
   return true;
+end $$;
+
+-- Take a dead worker's runs back into their queues and remove it. Returns how many they were, 0 also if somebody else
+-- has reaped it. Null if it is alive after all (the session in its row holds the lock) or if some of its runs have
+-- channels that a caller's open transaction has locked: the others are taken, and this is called again.
+-- The lock counts only in the hands of the session that the row names. Anybody may take any advisory lock, and a
+-- stranger that sits on this one must not keep a dead worker alive.
+create or replace function pgchan.reap(worker integer) returns integer
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  session integer;
+  held integer;
+begin
+  perform pgchan.force_durability();
+  -- Waits for a claim that is under way; and `come_back` either is done, and seen below, or finds the row gone.
+  select w.backend_pid into session from pgchan.workers w where w.id = reap.worker for update;
+  if not pg_try_advisory_xact_lock(1885823848, worker) then
+    perform from pg_locks l join pg_database d on d.oid = l.database
+      where d.datname = current_database() and l.locktype = 'advisory' and l.classid = 1885823848
+        and l.objid = worker::oid and l.objsubid = 2 and l.granted and l.pid = session;
+    if found then
+      return null;
+    end if;
+  end if;
+  select count(*) into held from pgchan.runs r where r.worker = reap.worker;
+  perform pgchan.release(worker, null, 50);
+  perform from pgchan.runs r where r.worker = reap.worker;
+  if found then
+    return null;
+  end if;
+  delete from pgchan.workers w where w.id = reap.worker;
+  return held;
 end $$;
 
 create or replace view pgchan.channel_status as

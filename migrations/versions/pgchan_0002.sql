@@ -73,6 +73,33 @@ create index runs_ended on pgchan.runs (ended_at) where ended_at is not null;
 create or replace function pgchan.version() returns text
 language sql immutable security definer set search_path = pg_catalog, pg_temp as $$ select 'pgchan_0002' $$;
 
+-- Lock channels in id order, until the transaction ends. lock_wait null: all, however long it takes. Else wait so many
+-- milliseconds, then take those that are free. Returns those that are not locked: a caller's open transaction has them.
+create or replace function pgchan.lock_channels(ids bigint[], lock_wait integer) returns bigint[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+declare
+  busy bigint[] := '{}';
+begin
+  if lock_wait is null then
+    perform from pgchan.channels c where c.id = any (ids) order by c.id for no key update;
+    return busy;
+  end if;
+  begin
+    perform set_config('lock_timeout', greatest(lock_wait, 1) || 'ms', true);
+    perform from pgchan.channels c where c.id = any (ids) order by c.id for no key update;
+    perform set_config('lock_timeout', '0', true);  -- it must not strike later, least of all after the commit
+  exception when lock_not_available then
+    -- The setting was undone with the subtransaction, and so were the locks.
+    with free as materialized (
+      select c.id from pgchan.channels c where c.id = any (ids) order by c.id for no key update skip locked)
+    select coalesce(array_agg(c.id), '{}') into busy from pgchan.channels c
+      where c.id = any (ids) and not exists (select from free f where f.id = c.id);
+  end;
+  return busy;
+end $$;
+
 -- Append a batch over many channels in one go. Entries are grouped by channel; a channel appears in one group only.
 --
 -- Per group: ids (null: look the name up, create the channel if there is none) · names, types (only where id is null:
@@ -98,7 +125,9 @@ create or replace function pgchan.append(
   bodies bytea[], lock_wait integer default null,
   out channel_ids bigint[], out heads bigint[], out bases bigint[], out outcomes text[], out at timestamptz,
   out positions bigint[], out ats timestamptz[], out created boolean)
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
   busy bigint[] := '{}';
@@ -407,7 +436,7 @@ end $$;
 -- Remove channels that the caller has locked, and the runs that they belong to. Their messages go with them, the fewest
 -- first, as long as they are at most `most`; those of the others are left to `upkeep`. Returns how many were deleted.
 create or replace function pgchan.remove_channels(ids bigint[], most bigint) returns bigint
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 declare
   gone bigint;
 begin
@@ -461,7 +490,7 @@ end $$;
 -- another one is under way. most: messages, so that the batch, and with it what a publisher may have to wait for while
 -- his channel is trimmed, is over within some tens of milliseconds.
 create or replace function pgchan.upkeep(most integer default 2000, out channels bigint, out messages bigint, out more boolean)
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 #variable_conflict use_variable
 declare
   policy pgchan.retention;
@@ -501,7 +530,7 @@ $$;
 
 -- Delete messages whose channel is gone; how many.
 create or replace function pgchan.delete_removed(most bigint) returns bigint
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 declare
   one pgchan.removed;
   boundary bigint;
@@ -526,7 +555,7 @@ end $$;
 -- Remove channels whose time is over.
 create or replace function pgchan.remove_expired(
   after timestamptz, most bigint, out channels bigint, out messages bigint, out reached timestamptz)
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 declare
   ids bigint[];
   moment timestamptz := clock_timestamp();  -- no index serves a comparison with the function itself
@@ -549,7 +578,7 @@ end $$;
 create or replace function pgchan.remove_ended(
   seconds double precision, after timestamptz, most bigint,
   out channels bigint, out messages bigint, out reached timestamptz)
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 declare
   ids bigint[];
   seen integer := 0;
@@ -574,7 +603,7 @@ end $$;
 
 -- Remove those of these channels that nobody has locked and whose run, if they have one, has ended.
 create or replace function pgchan.remove_free(ids bigint[], most bigint, out channels bigint, out messages bigint)
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 declare
   ended bigint[];
   free bigint[];
@@ -603,7 +632,7 @@ end $$;
 -- Trim the channels that are to keep a number of messages or an age, as far as no run that goes on needs what it said
 -- itself, and signals that nobody has consumed.
 create or replace function pgchan.trim_kept(after bigint, most bigint, out messages bigint, out reached bigint)
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 #variable_conflict use_variable
 declare
   one bigint;
@@ -677,7 +706,8 @@ create or replace function pgchan.enqueue_many(
   timeouts double precision[], inputs bytea[], parents bigint[],
   out outcomes text[], out ready text[])
 language plpgsql security definer set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 begin
   perform pgchan.check_name(g.run) from unnest(runs) g (run);
@@ -764,7 +794,8 @@ create or replace function pgchan.claim(worker integer, queues text[], workflows
 returns table (channel_id bigint, run text, journal_id bigint, workflow text, input bytea, attempt integer, epoch bigint,
                speaks_from bigint, deadline timestamptz, head bigint, journal_head bigint, now timestamptz)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
   one text;
@@ -819,11 +850,33 @@ begin
               c.head, j.head, clock_timestamp();
 end $$;
 
+-- Raise the epochs of these runs' channels, both to the same number: whoever owned them can write no more. The caller
+-- has locked the runs. The step is random, or a claim that a failover lost would have the number of the one after it,
+-- and two workers would own the run.
+create or replace function pgchan.supersede(runs bigint[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+#variable_conflict use_column
+begin
+  perform from pgchan.channels c
+    where c.id in (select unnest(array[r.channel_id, r.journal_id]) from pgchan.runs r where r.channel_id = any (supersede.runs))
+    order by c.id for no key update;
+  update pgchan.channels c set epoch = e.epoch
+    from (select r.channel_id, r.journal_id,
+                 greatest(o.epoch, j.epoch) + 1 + floor(random() * (1 << 20))::bigint as epoch
+          from pgchan.runs r join pgchan.channels o on o.id = r.channel_id join pgchan.channels j on j.id = r.journal_id
+          where r.channel_id = any (supersede.runs)) e
+    where c.id in (e.channel_id, e.journal_id);
+end $$;
+
 -- Lock the rows of runs that are about to end, and against `suspend` those of the runs which started them, in order of
 -- ids. Without the latter a parent that suspends just before this commits would neither see the end nor be woken by it.
 -- It is a share of a lock: children that end together do not wait for each other, nor does a claim of the parent.
 create or replace function pgchan.hold_families(runs bigint[]) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
   one record;
 begin
@@ -845,7 +898,8 @@ end $$;
 create or replace function pgchan.finish_many(
   runs bigint[], epochs bigint[], states text[], results bytea[], errors bytea[], out outcomes text[], out ready text[])
 language plpgsql security definer set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
   owned bigint[];  -- null where another epoch owns the run
@@ -871,7 +925,9 @@ $$;
 -- What `finish_many` and `cancel` have in common, once they hold the families. Runs that are null are passed over. Returns
 -- the queues of parents that wait.
 create or replace function pgchan.settle_many(runs bigint[], states text[], results bytea[], errors bytea[]) returns text[]
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
   ending bigint[];
@@ -967,7 +1023,8 @@ end $$;
 create or replace function pgchan.suspend(run bigint, epoch bigint, wake_at timestamptz, seen bigint, children text[])
 returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 begin
   perform pgchan.force_durability();
@@ -994,7 +1051,8 @@ end $$;
 -- those whose channel a caller's open transaction has locked. Returns the queues.
 create or replace function pgchan.release(worker integer, runs bigint[], lock_wait integer default null) returns text[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
   mine bigint[];
@@ -1024,7 +1082,8 @@ create or replace function pgchan.deliver(
   run text, body bytea, key text,
   out outcome text, out channel_id bigint, out "position" bigint, out at timestamptz, out head bigint, out ready text)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
   target pgchan.runs;
@@ -1056,7 +1115,9 @@ end $$;
 
 -- Cancel a run: true from this commit on nothing more is recorded for it; false if it had ended; null if there is none.
 create or replace function pgchan.cancel(run text) returns boolean
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
   target pgchan.runs;
   ready text[];
@@ -1074,6 +1135,38 @@ begin
   ready := pgchan.settle_many(array[target.channel_id], array['cancelled'], null, null);
   perform pgchan.wake(array[target.channel_id], array[-1], false, ready);
   return true;
+end $$;
+
+-- Take a dead worker's runs back into their queues and remove it. Returns how many they were, 0 also if somebody else
+-- has reaped it. Null if it is alive after all (the session in its row holds the lock) or if some of its runs have
+-- channels that a caller's open transaction has locked: the others are taken, and this is called again.
+-- The lock counts only in the hands of the session that the row names. Anybody may take any advisory lock, and a
+-- stranger that sits on this one must not keep a dead worker alive.
+create or replace function pgchan.reap(worker integer) returns integer
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+declare
+  session integer;
+  held integer;
+begin
+  perform pgchan.force_durability();
+  -- Waits for a claim that is under way; and `come_back` either is done, and seen below, or finds the row gone.
+  select w.backend_pid into session from pgchan.workers w where w.id = reap.worker for update;
+  if not pg_try_advisory_xact_lock(1885823848, worker) then
+    perform from pg_locks l join pg_database d on d.oid = l.database
+      where d.datname = current_database() and l.locktype = 'advisory' and l.classid = 1885823848
+        and l.objid = worker::oid and l.objsubid = 2 and l.granted and l.pid = session;
+    if found then
+      return null;
+    end if;
+  end if;
+  select count(*) into held from pgchan.runs r where r.worker = reap.worker;
+  perform pgchan.release(worker, null, 50);
+  perform from pgchan.runs r where r.worker = reap.worker;
+  if found then
+    return null;
+  end if;
+  delete from pgchan.workers w where w.id = reap.worker;
+  return held;
 end $$;
 
 create or replace view pgchan.channel_status as
