@@ -234,7 +234,8 @@ RUN_RESULTS = """
 select c.name, r.channel_id, r.state, r.result, r.error
 from unnest($1::text[]) q (name)
 cross join lateral (select c.id, c.name from pgchan.channels c where c.name = q.name limit 1) c
-cross join lateral (select r.* from pgchan.runs r where r.channel_id = c.id limit 1) r
+cross join lateral (
+  select r.channel_id, r.state, r.result, r.error from pgchan.runs r where r.channel_id = c.id limit 1) r
 """
 # The channel that holds a run's results.
 RUN_JOURNAL = """
