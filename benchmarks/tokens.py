@@ -175,7 +175,7 @@ async def read_ours(pipe: Pipe, dsn: str, channels: int) -> None:
         tails = [client.channel(f"tokens/{number}").tail(after="now") for number in range(channels)]
         for number in range(0, channels, SOME):  # each has to know where "now" is
             await asyncio.gather(*(tail.next_page(0.01) for tail in tails[number : number + SOME]))
-        await asyncio.gather(_answer(pipe, late), *(read(tail) for tail in tails))
+        await asyncio.gather(answer(pipe, late), *(read(tail) for tail in tails))
 
 
 async def say_floor(pipe: Pipe, dsn: str, channels: int) -> None:
@@ -245,10 +245,10 @@ async def read_floor(pipe: Pipe, dsn: str, channels: int) -> None:
 
     await connection.add_listener("floor_all", hear)
     reading = asyncio.create_task(read())
-    await asyncio.gather(_answer(pipe, late), reading)
+    await asyncio.gather(answer(pipe, late), reading)
 
 
-async def _answer(pipe: Pipe, late: list[int]) -> None:
+async def answer(pipe: Pipe, late: list[int]) -> None:
     """Whenever asked for that many latencies: when they are there, and never more."""
     pipe.send("ready")
     while True:

@@ -18,7 +18,7 @@ from pgchan import dsn as dsns
 
 # What needs no more than a role that may create databases, and about a minute in all with ROUNDS of them.
 DEFAULTS = ("floors", "latency", "steps")
-QUESTIONS = (*DEFAULTS, "cost", "growth", "notify", "peers", "sse", "start", "takeover", "tokens")
+QUESTIONS = (*DEFAULTS, "cost", "growth", "notify", "peers", "soak", "sse", "start", "takeover", "tokens")
 ROUNDS = 3  # enough for a first look; the programs by themselves take more
 
 

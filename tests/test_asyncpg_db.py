@@ -290,6 +290,35 @@ async def test_a_full_pool_is_named(dsn: str, monkeypatch: pytest.MonkeyPatch) -
             assert (await client.channel("c").publish(2)).position == 2
         assert len(await client.channel("c").read()) == 2
 
+async def test_connections_stay_out_of_the_pool_while_they_are_used_and_nobody_queues(
+    direct_dsn: str, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asyncpg_db, "LEASE_SECONDS", 0.3)
+    async with pgchan.AsyncClient(direct_dsn, pool_size=2) as client:
+        await client._db.fetch("select 1")
+        pool = client._db._pool
+        assert pool is not None
+        for _ in range(5):
+            await client._db.fetch("select 1")
+        assert (pool._pool.get_size(), pool._pool.get_idle_size()) == (1, 0)
+        # More than there are connections: who queues is served in turn.
+        await asyncio.gather(*(client._db.fetch("select pg_sleep(0.01)") for _ in range(20)))
+        # What a caller has broken off goes through the pool, which waits until the server has given up as well.
+        slow = asyncio.create_task(client._db.fetch("select pg_sleep(10)"))
+        await asyncio.sleep(0.1)
+        slow.cancel()
+        await asyncio.gather(slow, return_exceptions=True)
+        assert [tuple(row) for row in await client._db.fetch("select 2")] == [(2,)]
+        await wait_until(lambda: pool._pool.get_idle_size() == pool._pool.get_size())
+        # One that the server has ended meanwhile is found out.
+        await client._db.fetch("select 1")
+        query(
+            direct_dsn,
+            "select pg_terminate_backend(pid) from pg_stat_activity "
+            "where datname = current_database() and application_name = 'pgchan pool'",
+        )
+        assert [tuple(row) for row in await client._db.fetch("select 3")] == [(3,)]
+
 
 def test_a_client_belongs_to_its_event_loop(dsn: str) -> None:
     client = pgchan.AsyncClient(dsn)
