@@ -443,6 +443,10 @@ class Process:
         """Seconds of processor time that it has used."""
         return cpu_seconds(self.pid)
 
+    def memory(self) -> int:
+        """Bytes that it has in memory."""
+        return int(Path(f"/proc/{self.pid}/statm").read_text("utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
     def kill(self) -> None:
         """SIGKILL; returns when it is gone."""
         self._process.kill()

@@ -14,11 +14,9 @@ import argparse
 import asyncio
 import itertools
 import math
-import os
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import asyncpg
 
@@ -99,12 +97,6 @@ async def read(pipe: Pipe, dsn: str) -> None:
         await asyncio.gather(answer(pipe, late), *(follow(tail) for tail in tails))
 
 
-def memory(process: Process) -> int:
-    """Resident bytes of a process."""
-    pages = int(Path(f"/proc/{process.pid}/statm").read_text("utf-8").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 async def measure(report: Report) -> None:
     """Stretch after stretch."""
     seconds = report.arguments.minutes * 60 / STRETCHES
@@ -121,7 +113,7 @@ async def measure(report: Report) -> None:
             publisher.pipe.send((due, per_tick))
         late = await reader.ask(per_tick * ticks)
         ((table, rows),) = await connection.fetch(SIZE)
-        found.append(Stretch(percentile(late, 99) / 1e6, memory(publisher), memory(reader), table, rows))
+        found.append(Stretch(percentile(late, 99) / 1e6, publisher.memory(), reader.memory(), table, rows))
         print(f"  {number + 1} of {STRETCHES}: {per_tick * ticks / (time.monotonic() - began):,.0f} messages/s, p99 "
               f"{found[-1].late:.1f} ms, {rows:,} rows, {table / 1e6:.1f} MB", flush=True)  # fmt: skip
     acknowledged = await publisher.ask("acknowledged")

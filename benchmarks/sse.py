@@ -4,6 +4,9 @@ One server process (pgchan.server on uvicorn) and many connections that read the
 each connection notes at its socket how long ago the message was due. Its floor is a server written by hand on
 asyncio's bare protocols: it listens, reads back, and writes the same bytes to every connection.
 The reads are counted by the server itself: one batch must be read once, however many connections there are.
+
+Then connections come that read nothing, while messages are so large that these cannot be served from the buffers of
+the kernel. Their floor is the same server without them.
 """
 
 from __future__ import annotations
@@ -32,6 +35,14 @@ CPU_RATIO_MAX = 2.0
 LAST_SECONDS_MAX = 0.15
 CHANNEL_ID = 6  # of the floor's channel
 NAME = "sse/room"
+LARGE = "sse/large"  # the channel beside a reader that stalls
+LARGE_READERS = 50
+LARGE_PAD = "x" * 8_192
+LARGE_BATCHES = 15  # per round, more than a megabyte: the kernel does not keep that for who does not read
+STALLED = 10  # several, for the allocator has moods
+STALLED_ROUNDS = 4  # before, beside and after them
+STALLED_LATE_MAX = 1.1
+STALLED_BYTES_MAX = 1 << 20
 
 _DUE = re.compile(rb'"due":(\d+)')
 
@@ -147,19 +158,20 @@ async def _connect(port: int, path: str, count: int) -> list[Reader]:
 class Contestant:
     """A server process, its readers, and how one batch is published to them."""
 
-    def __init__(self, process: Process, readers: list[Reader], publish: Any) -> None:
+    def __init__(self, process: Process, readers: list[Reader], publish: Any, batches: int = BATCHES) -> None:
         self._process = process
         self._readers = readers
         self._publish = publish
+        self._batches = batches
 
     async def round(self) -> dict[str, Any]:
         """Publish batches; what became of them."""
         for reader in self._readers:
             reader.late.clear()
         reads, cpu = await self._process.ask("reads"), self._process.cpu()
-        async for due in due_times(BATCHES, INTERVAL_SECONDS):
+        async for due in due_times(self._batches, INTERVAL_SECONDS):
             await self._publish(due)
-        wanted = BATCHES * BATCH
+        wanted = self._batches * BATCH
         async with asyncio.timeout(20):
             while any(len(reader.late) < wanted for reader in self._readers):  # noqa: ASYNC110 - beside what is measured
                 await asyncio.sleep(0.01)
@@ -167,7 +179,7 @@ class Contestant:
         late = [[reader.late[number] for reader in self._readers] for number in range(0, wanted, BATCH)]
         return {
             "cpu": used / (wanted * len(self._readers)) * 1e6,
-            "reads": (await self._process.ask("reads") - reads) / BATCHES,
+            "reads": (await self._process.ask("reads") - reads) / self._batches,
             "all": [value * 1e6 for values in late for value in values],
             "last": [max(values) for values in late],
             "extra": sum(len(reader.late) - wanted for reader in self._readers),
@@ -199,10 +211,47 @@ async def measure(report: Report) -> None:
         floor = Contestant(servers[1], await _connect(ports[1], "/", count), by_hand)
         rounds = max(3, report.arguments.rounds // 2)
         found = await interleave(rounds, ours=ours.round, floor=floor.round)
+        _report(report, count, found)
+        await beside_a_stalled_reader(report, client, servers[0], ports[0])
         for server in servers:
             server.kill()
     await writing.close()
-    _report(report, count, found)
+
+
+async def beside_a_stalled_reader(report: Report, client: pgchan.AsyncClient, server: Process, port: int) -> None:
+    """The readers of a channel, before, beside and after some that read nothing."""
+    channel = client.channel(LARGE)
+    await channel.create()
+
+    async def publish(due: int) -> None:
+        await channel.publish_many([{"due": due, "pad": LARGE_PAD}] * BATCH)
+
+    others = Contestant(server, await _connect(port, f"/channels/{LARGE}", LARGE_READERS), publish, LARGE_BATCHES)
+    alone = [await others.round() for _ in range(STALLED_ROUNDS)][1:]
+    before = server.memory()
+    stalled = [await _stall(port, f"/channels/{LARGE}") for _ in range(STALLED)]
+    beside = [await others.round() for _ in range(STALLED_ROUNDS)][1:]
+    more = (server.memory() - before) / STALLED
+    for connection in stalled:
+        connection.close()
+    alone += [await others.round() for _ in range(STALLED_ROUNDS)][1:]
+    name = f"{LARGE_READERS} readers of large messages beside {STALLED} that stall"
+    late, floor = ([value for one in rounds for value in one["all"]] for rounds in (beside, alone))
+    report.times(f"{name}: publish → socket", [late], [floor], at_most={50: None, 99: STALLED_LATE_MAX})
+    report.figure(f"{name}: memory of the server for each of these", "B", more, at_most=STALLED_BYTES_MAX)
+    report.figure(f"{name}: deliveries too many", "", sum(one["extra"] for one in beside), at_most=0)
+
+
+async def _stall(port: int, path: str) -> socket.socket:
+    """A connection that asks, and reads nothing."""
+    stalled = socket.socket()
+    stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    stalled.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(stalled, ("127.0.0.1", port))
+    await asyncio.get_running_loop().sock_sendall(
+        stalled, f"GET {path} HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n".encode()
+    )
+    return stalled
 
 
 def _report(report: Report, count: int, found: dict[str, list[dict[str, Any]]]) -> None:

@@ -20,6 +20,7 @@ from pgchan.model import CONTROL, KINDS, MESSAGE, ChannelInfo, Message, Page, mi
 from pgchan.writer import Batch, Queued
 
 TAIL_PAGE_MESSAGES = 500  # per read of a reader that is catching up
+TAIL_PAGE_BYTES = 256 << 10  # … and of their bodies: what an event stream holds whose client takes nothing any more
 COMPACTED_MESSAGES_MAX = 250_000  # as compact_channel says: more would be too much for one transaction
 CALLERS_BYTES_MAX = 64 << 20  # of a publish_many in a caller's transaction, which is one statement
 WAIT_SECONDS = 60.0  # a waiting reader looks up at least this often; the hub's sweep tells it of anything sooner
@@ -166,13 +167,15 @@ def check_batch(bodies: Sequence[Any], keys: Sequence[str | None] | None) -> lis
 # ------------------------------------------------------------------------------------------------ read
 
 
-async def page(db: Db, name: str, *, after: int | str = 0, limit: int = 100, view: str = "final") -> Page:
-    """One page; see Channel.page."""
+async def page(
+    db: Db, name: str, *, after: int | str = 0, limit: int = 100, view: str = "final", size: int = names.PAGE_BYTES_MAX
+) -> Page:
+    """One page; see Channel.page. size: bytes of bodies at most, but for a single message that is larger."""
     names.check_limit(limit)
     statement = sql.PAGE_FINAL if names.check_view(view) == "final" else sql.PAGE_RAW
     start = names.parse_after(after)
     position, check = start if start is not None else (names.POSITION_MAX, None)
-    rows = await db.fetch(statement, name, position, limit, names.PAGE_BYTES_MAX)
+    rows = await db.fetch(statement, name, position, limit, size)
     if not rows:
         if start is not None and position > 0:
             raise _lost(name, 1, 0, 0)
@@ -284,7 +287,7 @@ class Tail:
                 try:
                     page_ = await page(
                         self._db, self._name, after=self.cursor or self._position, limit=TAIL_PAGE_MESSAGES,
-                        view=self._view,
+                        view=self._view, size=TAIL_PAGE_BYTES,
                     )  # fmt: skip
                 except errors.Unavailable:  # a tail that has begun outlasts any outage
                     if self._db.monotonic() >= until:
