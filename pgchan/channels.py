@@ -20,7 +20,7 @@ from pgchan.model import CONTROL, KINDS, MESSAGE, ChannelInfo, Message, Page, mi
 from pgchan.writer import Batch, Queued
 
 TAIL_PAGE_MESSAGES = 500  # per read of a reader that is catching up
-TAIL_PAGE_BYTES = 256 << 10  # … and of their bodies: what an event stream holds whose client takes nothing any more
+TAIL_PAGE_BYTES = 128 << 10  # … and of their bodies: an event stream whose client takes nothing holds five times that
 COMPACTED_MESSAGES_MAX = 250_000  # as compact_channel says: more would be too much for one transaction
 CALLERS_BYTES_MAX = 64 << 20  # of a publish_many in a caller's transaction, which is one statement
 WAIT_SECONDS = 60.0  # a waiting reader looks up at least this often; the hub's sweep tells it of anything sooner
