@@ -287,6 +287,7 @@ select exists (select from unnest($1::text[]) q (name) cross join lateral (
 JOURNALS = """
 select f.id, m.kind, m.key, m.step, m.attempt, m.body, m.at from unnest($1::bigint[]) f (id)
 cross join lateral (select m.* from pgchan.messages m where m.channel_id = f.id order by m."position" offset 0) m
+order by f.id, m."position"
 """
 # Which steps have spoken, how far, and in which attempt: what a later attempt must void or may carry on from.
 SPOKEN = """

@@ -45,13 +45,21 @@ PARTING = """
 -- 0.1.0 take what the server says then for the failure of their run. With their connection cut they ask again. Who may
 -- not cut it can only hope.
 do $$
+declare
+  one record;
 begin
   perform pg_stat_clear_snapshot();
-  perform pg_terminate_backend(a.pid) from pg_stat_activity a
+  for one in
+    select a.pid from pg_stat_activity a
     where a.datname = current_database() and a.pid <> pg_backend_pid() and a.wait_event_type = 'Lock'
-      and a.query like '%pgchan.call_finish%';
-exception when insufficient_privilege then
-  null;
+      and a.query like '%pgchan.call_finish%'
+  loop
+    begin
+      perform pg_terminate_backend(one.pid);
+    exception when insufficient_privilege then
+      null;
+    end;
+  end loop;
 end $$;
 """
 
