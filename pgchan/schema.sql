@@ -200,6 +200,21 @@ begin
   end if;
 end $$;
 
+-- Announce what `append` has written. A journal, which is the channel that is its own owner, is left out: nobody can
+-- follow one, and to whose run it belongs wrote it. So a step that says nothing wakes nobody.
+create function pgchan.wake_written(ids bigint[], owners bigint[], heads bigint[], created boolean) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  if owners = ids then
+    return;
+  end if;
+  if owners is not null and cardinality(ids) > 1 then
+    heads := array(select case when w.id = w.owner then null else w.head end
+                   from unnest(ids, owners, heads) with ordinality w (id, owner, head, n) order by w.n);
+  end if;
+  perform pgchan.wake(ids, heads, created);
+end $$;
+
 -- A NOTIFY from a listener to itself, by which it knows that it hears.
 create function pgchan.ping(name text) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
@@ -529,7 +544,7 @@ begin
   positions := stored.positions;
   ats := stored.ats;
   commit;
-  told := pgchan.wake(channel_ids, heads, stored.created) is null;
+  told := pgchan.wake_written(channel_ids, owners, heads, stored.created) is null;
 end $$;
 
 -- ------------------------------------------------------------------------------------------------ channels
@@ -2015,8 +2030,8 @@ begin
 
   -- A worker does both and executes runs. `upkeep` removes only what has outlived the time that an administrator gave it.
   grant execute on routine
-    pgchan.append, pgchan.write, pgchan.claim, pgchan.suspend, pgchan.finish, pgchan.call_finish, pgchan.try_finish_many,
-    pgchan.call_finish_many, pgchan.continue_run,
+    pgchan.append, pgchan.write, pgchan.wake_written, pgchan.claim, pgchan.suspend, pgchan.finish, pgchan.call_finish,
+    pgchan.try_finish_many, pgchan.call_finish_many, pgchan.continue_run,
     pgchan.release, pgchan.upkeep, pgchan.expire,
     pgchan.new_worker, pgchan.register, pgchan.come_back, pgchan.leave, pgchan.reap,
     pgchan.take_lock, pgchan.await_lock, pgchan.free_lock, pgchan.free_locks

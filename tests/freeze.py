@@ -41,7 +41,7 @@ delete from pgchan.messages m using pgchan.removed r where m.channel_id = r.chan
 
 # Statements that come last on the way down, when the calls that came meanwhile wait for its tables.
 PARTING = """
--- An end of a run that waits here began with the text of pgchan_0002, which calls what is gone now, and workers of
+-- What a worker writes that waits here began with the text of pgchan_0002, which calls what is gone now, and workers of
 -- 0.1.0 take what the server says then for the failure of their run. With their connection cut they ask again. Who may
 -- not cut it can only hope.
 do $$
@@ -52,7 +52,7 @@ begin
   for one in
     select a.pid from pg_stat_activity a
     where a.datname = current_database() and a.pid <> pg_backend_pid() and a.wait_event_type = 'Lock'
-      and a.query like '%pgchan.call_finish%'
+      and (a.query like '%pgchan.call_finish%' or a.query like '%pgchan.write(%')
   loop
     begin
       perform pg_terminate_backend(one.pid);

@@ -46,8 +46,8 @@ ROUTINES = {
     },
     READS: {"read", "status", "as_json", "ping", "take_probe", "free_probe"},
     WORKS: {
-        "append", "write", "claim", "suspend", "finish", "call_finish", "try_finish_many", "call_finish_many",
-        "continue_run", "release", "upkeep", "expire",
+        "append", "write", "wake_written", "claim", "suspend", "finish", "call_finish", "try_finish_many",
+        "call_finish_many", "continue_run", "release", "upkeep", "expire",
         "new_worker", "register", "come_back", "leave", "reap", "take_lock", "await_lock", "free_lock", "free_locks",
     },
     ADMINISTERS: {

@@ -47,6 +47,8 @@ delete from pgchan.messages m using pgchan.removed r where m.channel_id = r.chan
 
 drop view pgchan.channel_status;
 
+drop routine pgchan.wake_written(bigint[], bigint[], bigint[], boolean);
+
 drop routine pgchan.is_text(bytea);
 
 drop routine pgchan.compact_channel(text);
@@ -314,6 +316,32 @@ begin
                  from unnest(positions, outcomes, slots) a ("position", outcome, slot)
                  where a.outcome = 'appended' group by a.slot) p on p.slot = g.slot;
   end;
+end $$;
+
+-- `append`, durable, then announced. What the writer of a worker calls.
+create or replace procedure pgchan.write(
+  ids bigint[], names text[], types text[], fences bigint[], owners bigint[], counts integer[], inboxes bigint[],
+  slots integer[], nths integer[], kinds smallint[], keys text[], steps text[], attempts integer[], voids bigint[],
+  bodies bytea[], lock_wait integer,
+  inout channel_ids bigint[], inout heads bigint[], inout bases bigint[], inout outcomes text[], inout at timestamptz,
+  inout positions bigint[], inout ats timestamptz[])
+language plpgsql as $$
+#variable_conflict use_variable
+declare
+  stored record;
+  told boolean;
+begin
+  stored := pgchan.append(ids, names, types, fences, owners, counts, inboxes,
+                          slots, nths, kinds, keys, steps, attempts, voids, bodies, lock_wait);
+  channel_ids := stored.channel_ids;
+  heads := stored.heads;
+  bases := stored.bases;
+  outcomes := stored.outcomes;
+  at := stored.at;
+  positions := stored.positions;
+  ats := stored.ats;
+  commit;
+  told := pgchan.wake(channel_ids, heads, stored.created) is null;
 end $$;
 
 -- Delete a channel and its messages; of a run that has ended, its journal too. Outcomes: deleted, missing, running.
@@ -771,7 +799,7 @@ revoke all on procedure pgchan.grant_roles() from public;
 
 call pgchan.grant_roles();
 
--- An end of a run that waits here began with the text of pgchan_0002, which calls what is gone now, and workers of
+-- What a worker writes that waits here began with the text of pgchan_0002, which calls what is gone now, and workers of
 -- 0.1.0 take what the server says then for the failure of their run. With their connection cut they ask again. Who may
 -- not cut it can only hope.
 do $$
@@ -782,7 +810,7 @@ begin
   for one in
     select a.pid from pg_stat_activity a
     where a.datname = current_database() and a.pid <> pg_backend_pid() and a.wait_event_type = 'Lock'
-      and a.query like '%pgchan.call_finish%'
+      and (a.query like '%pgchan.call_finish%' or a.query like '%pgchan.write(%')
   loop
     begin
       perform pg_terminate_backend(one.pid);

@@ -73,6 +73,21 @@ create index runs_ended on pgchan.runs (ended_at) where ended_at is not null;
 create or replace function pgchan.version() returns text
 language sql immutable security definer set search_path = pg_catalog, pg_temp as $$ select 'pgchan_0002' $$;
 
+-- Announce what `append` has written. A journal, which is the channel that is its own owner, is left out: nobody can
+-- follow one, and to whose run it belongs wrote it. So a step that says nothing wakes nobody.
+create or replace function pgchan.wake_written(ids bigint[], owners bigint[], heads bigint[], created boolean) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  if owners = ids then
+    return;
+  end if;
+  if owners is not null and cardinality(ids) > 1 then
+    heads := array(select case when w.id = w.owner then null else w.head end
+                   from unnest(ids, owners, heads) with ordinality w (id, owner, head, n) order by w.n);
+  end if;
+  perform pgchan.wake(ids, heads, created);
+end $$;
+
 -- Lock channels in id order, until the transaction ends. lock_wait null: all, however long it takes. Else wait so many
 -- milliseconds, then take those that are free. Returns those that are not locked: a caller's open transaction has them.
 create or replace function pgchan.lock_channels(ids bigint[], lock_wait integer) returns bigint[]
@@ -300,6 +315,32 @@ begin
                  from unnest(positions, outcomes, slots) a ("position", outcome, slot)
                  where a.outcome = 'appended' group by a.slot) p on p.slot = g.slot;
   end;
+end $$;
+
+-- `append`, durable, then announced. What the writer of a worker calls.
+create or replace procedure pgchan.write(
+  ids bigint[], names text[], types text[], fences bigint[], owners bigint[], counts integer[], inboxes bigint[],
+  slots integer[], nths integer[], kinds smallint[], keys text[], steps text[], attempts integer[], voids bigint[],
+  bodies bytea[], lock_wait integer,
+  inout channel_ids bigint[], inout heads bigint[], inout bases bigint[], inout outcomes text[], inout at timestamptz,
+  inout positions bigint[], inout ats timestamptz[])
+language plpgsql as $$
+#variable_conflict use_variable
+declare
+  stored record;
+  told boolean;
+begin
+  stored := pgchan.append(ids, names, types, fences, owners, counts, inboxes,
+                          slots, nths, kinds, keys, steps, attempts, voids, bodies, lock_wait);
+  channel_ids := stored.channel_ids;
+  heads := stored.heads;
+  bases := stored.bases;
+  outcomes := stored.outcomes;
+  at := stored.at;
+  positions := stored.positions;
+  ats := stored.ats;
+  commit;
+  told := pgchan.wake_written(channel_ids, owners, heads, stored.created) is null;
 end $$;
 
 -- Whether a body is one JSON string, as it may be joined to others at its quotation marks. Not one with the half of a
@@ -1250,8 +1291,8 @@ begin
 
   -- A worker does both and executes runs. `upkeep` removes only what has outlived the time that an administrator gave it.
   grant execute on routine
-    pgchan.append, pgchan.write, pgchan.claim, pgchan.suspend, pgchan.finish, pgchan.call_finish, pgchan.try_finish_many,
-    pgchan.call_finish_many, pgchan.continue_run,
+    pgchan.append, pgchan.write, pgchan.wake_written, pgchan.claim, pgchan.suspend, pgchan.finish, pgchan.call_finish,
+    pgchan.try_finish_many, pgchan.call_finish_many, pgchan.continue_run,
     pgchan.release, pgchan.upkeep, pgchan.expire,
     pgchan.new_worker, pgchan.register, pgchan.come_back, pgchan.leave, pgchan.reap,
     pgchan.take_lock, pgchan.await_lock, pgchan.free_lock, pgchan.free_locks
