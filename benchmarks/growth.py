@@ -52,6 +52,7 @@ RELEASED_SECONDS = 5.0  # within which a released snapshot must be forgotten
 SNAPSHOT_RATIO_MAX = 1.6
 JOURNAL_RATIO_MAX = 2.0
 LAST_MICROSECONDS_MAX = 150_000.0
+DELIVERY_SECONDS = 0.0001  # that each reader is given until the next message comes: less would be a queue's growth
 FOLLOWED = 10_000
 SWEEP_SECONDS = 5.0  # for which the sweeps are watched
 SWEEP_PERCENT_MAX = 2.0
@@ -456,7 +457,9 @@ async def readers(growth: Growth) -> None:
             channel = client.channel(f"readers/{size}")
             await channel.publish({"due": 0})
             crowd = partial(read_together, name=channel.name, count=size)
-            variants[size] = partial(_read_by_all, channel, await stack.enter_async_context(process(crowd, dsn)))
+            seconds = max(0.05, size * DELIVERY_SECONDS)
+            reading = await stack.enter_async_context(process(crowd, dsn))
+            variants[size] = partial(_read_by_all, channel, reading, seconds)
         found = await growth.rounds(variants)
     curve = growth.curve("readers", "More readers of one channel in one process", "readers")
     growth.line(curve, "first reader", found["first"], at_most=2.0)
@@ -466,8 +469,8 @@ async def readers(growth: Growth) -> None:
     growth.report.figure(f"last of {last:,} readers, p99", "µs", figure, at_most=LAST_MICROSECONDS_MAX)
 
 
-async def _read_by_all(channel: pgchan.AsyncChannel, crowd: Process) -> dict[str, list[float]]:
-    async for due in due_times(CALLS // 2, 0.05):
+async def _read_by_all(channel: pgchan.AsyncChannel, crowd: Process, seconds: float) -> dict[str, list[float]]:
+    async for due in due_times(CALLS // 2, seconds):
         await channel.publish({"due": due})
     late = await crowd.ask(CALLS // 2)
     return {"first": [first for first, _ in late], "last": [last for _, last in late]}
@@ -600,7 +603,7 @@ async def measure(report: Report) -> None:
 
 def options(parser: argparse.ArgumentParser) -> None:
     """What can be asked for."""
-    here = Path(__file__).parent.parent / "docs" / "growth"
+    here = Path(__file__).resolve().parent.parent / "docs" / "growth"
     parser.add_argument("--full", action="store_true", help="up to 1,000,000 of each, 32 workers, 5,000 readers, 60 s")
     parser.add_argument("--only", nargs="+", metavar="QUESTION", help="length, channels, sweep, ended, asleep, …")
     parser.add_argument("--plots", default=str(here), metavar="DIRECTORY", help="'' draws none; default docs/growth")

@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import asyncpg
@@ -45,7 +46,7 @@ GIVEN_UP = frozenset({"25006", "57P01", "57P02", "57P05"})  # read-only, and thr
 # Points, by the statement that is on its way.
 SENT = {sql.CLAIM: "claim_sent", sql.FINISH: "finish_sent", sql.FINISH_MANY: "finish_sent"}
 # Calls that go together when several are made at a time.
-TOGETHER = {sql.ENQUEUE: sql.ENQUEUE_MANY, sql.FINISH: sql.FINISH_MANY}
+TOGETHER = {sql.ENQUEUE: sql.ENQUEUE_MANY, sql.FINISH: sql.FINISH_MANY, sql.DELIVER: sql.DELIVER_MANY}
 # What is read together: by statements over arrays, of which the first column is an element of the first array. So many
 # at once, for a journal or a result may be large.
 READS = (sql.JOURNALS, sql.SPOKEN, sql.INBOX, sql.RUN_RESULTS)
@@ -82,7 +83,9 @@ class AsyncpgDb:
         self.writer = Writer(self)
         self.listener = Listener(self)
         self._groups = {
-            statement: Group(partial(self._call, statement), partial(self._call_many, many))
+            statement: Group(
+                partial(self._call, statement), partial(self._call_many, many), mixed=statement is sql.DELIVER
+            )
             for statement, many in TOGETHER.items()
         }
         self._reads = {
@@ -278,8 +281,11 @@ class AsyncpgDb:
         return rows[0]
 
     async def _call_many(self, statement: str, calls: list[Arguments]) -> list[Row | None]:
-        (words,) = await self._call(statement, *map(list, zip(*calls, strict=True)), LOCK_WAIT_MS)
-        return [None if word == "locked" else (word, None) for word in words]
+        words, *others = await self._call(statement, *map(list, zip(*calls, strict=True)), LOCK_WAIT_MS)
+        if words[0] == "locked":
+            return [None] * len(calls)
+        # The queues that had to be woken, the last column of the answer to one call, are woken.
+        return [(*row, None) for row in zip_longest(words, *(column or () for column in others))]
 
     async def fetch_of(self, statement: str, *args: object) -> list[Row]:
         """The rows for the first argument, by one of READS. What is asked for at the same time goes together."""

@@ -28,17 +28,18 @@ T = TypeVar("T")
 
 class Group(Generic[T]):
     """Calls of one statement. alone: make one call. together: make several, and return the answer of each, or None for
-    those that were not made because of a lock. most: calls that go together. alike: whether calls that are
-    the same may; two that have no more than the first argument in common never do."""
+    those that were not made because of a lock. most: calls that go together. Two with the same first argument do not,
+    unless they are the same and alike is true, or mixed is."""
 
     def __init__(
         self, alone: Callable[..., Awaitable[T]], together: Callable[[list[Arguments]], Awaitable[list[T | None]]],
-        *, most: int = TOGETHER_MAX, alike: bool = False,
+        *, most: int = TOGETHER_MAX, alike: bool = False, mixed: bool = False,
     ) -> None:  # fmt: skip
         self._alone = alone
         self._together = together
         self._most = most
         self._alike = alike
+        self._mixed = mixed
         self._waiting: list[tuple[Arguments, asyncio.Future[T]]] = []
         self._slow: asyncio.TimerHandle | None = None  # set while a call is on its way that others wait for
         self._sending: set[asyncio.Task[None]] = set()
@@ -81,7 +82,7 @@ class Group(Generic[T]):
             size += sum(len(value) for value in args if isinstance(value, bytes))
             if count and size > PAGE_BYTES_MAX:
                 break
-            if args[0] in firsts and not (self._alike and firsts[args[0]] == args):
+            if args[0] in firsts and not (self._mixed or (self._alike and firsts[args[0]] == args)):
                 break
             firsts[args[0]] = args
             count += 1

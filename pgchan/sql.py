@@ -209,6 +209,9 @@ from pgchan.enqueue($1::text, $2::text, $3::text, $4::text, $5::integer, $6::dou
                     $8::bytea, $9::bigint) e
 """
 DELIVER = "call pgchan.call_deliver($1::text, $2::bytea, $3::text, null, null, null, null, null, null)"
+DELIVER_MANY = """
+call pgchan.call_deliver_many($1::text[], $2::bytea[], $3::text[], $4::integer, null, null, null, null, null)
+"""
 # A signal in the caller's transaction.
 DELIVER_IN = """
 select d.outcome, d.channel_id, d."position", d.at, d.head, d.ready,

@@ -1,4 +1,7 @@
-"""Calls that go together: starts and ends of runs that are made at a time share a transaction, and nothing else."""
+"""Calls that go together: starts, signals and ends of runs that come at a time share a transaction, nothing else.
+
+Long, because each of the three has locks to meet, answers to lose, and particulars to keep apart.
+"""
 
 from __future__ import annotations
 
@@ -185,6 +188,107 @@ async def test_a_worker_that_dies_or_freezes_with_a_group_of_ends_on_its_way_end
     ended = "select count(*) from pgchan.messages where convert_from(body, 'UTF8') ~ '\"ended\"'"
     assert query(dsn, ended) == [(30,)]
     assert query(dsn, "select state, count(*) from pgchan.runs group by 1") == [("succeeded", 30)]
+
+
+async def test_signals_that_are_sent_at_a_time_go_together_in_order(
+    client: pgchan.AsyncClient, dsn: str, sent: Counter[str]
+) -> None:
+    handles = [await client.start(quick, number) for number in range(50)]
+    sent.clear()
+    messages = await asyncio.gather(*(handles[number % 50].signal(number) for number in range(300)))
+    assert (sent[sql.DELIVER], sent[sql.DELIVER_MANY]) == (1, 3)  # one, a hundred, a hundred, ninety-nine
+    assert [message.body for message in messages] == list(range(300))
+    for number, handle in enumerate(handles):
+        stored = await handle.channel.read()
+        assert [message.body for message in stored] == list(range(number, 300, 50))
+        assert stored == messages[number::50]
+
+
+async def test_what_is_particular_to_a_signal_stays_so_in_company(
+    client: pgchan.AsyncClient, dsn: str, sent: Counter[str], workers: Workers
+) -> None:
+    worker = await workers.start(quick)
+    ended = await client.start(quick)
+    await ended.result(timeout=20)
+    await workers.stop(worker)
+    handle, other = await client.start(quick, id="there"), await client.start(quick, id="other")
+    await handle.signal(1, key="once")
+    sent.clear()
+    found = await asyncio.gather(
+        other.signal(0),  # goes alone
+        client.run("absent").signal(1),
+        handle.signal(1, key="once"),
+        handle.signal(2, key="once"),
+        ended.signal(3),
+        other.signal(4, key="once"),
+        handle.signal(5),
+        client.run("absent").signal(6),
+        return_exceptions=True,
+    )
+    alone, absent, repeated, conflict, late, keyed, plain, absent_too = found
+    assert (sent[sql.DELIVER], sent[sql.DELIVER_MANY]) == (1, 1)
+    assert isinstance(absent, errors.RunNotFound)
+    assert isinstance(absent_too, errors.RunNotFound)
+    assert isinstance(conflict, errors.IdempotencyConflict)
+    assert isinstance(late, errors.ChannelClosed)
+    stored = await handle.channel.read()
+    assert [(message.body, message.key) for message in stored] == [(1, "once"), (5, None)]
+    assert [repeated, plain] == stored
+    assert [alone, keyed] == await other.channel.read()
+    assert keyed.key == "once"  # type: ignore[union-attr]
+
+
+async def test_two_signals_of_one_key_at_a_time_are_one(client: pgchan.AsyncClient) -> None:
+    handle = await client.start(quick)
+    _, one, two, other = await asyncio.gather(
+        handle.signal(0), handle.signal(1, key="twice"), handle.signal(1, key="twice"), handle.signal(2)
+    )
+    assert one == two
+    assert {message.body for message in await handle.channel.read()} == {0, 1, 2}
+    assert other.body == 2
+
+
+async def test_a_signal_that_meets_a_lock_holds_up_no_other(client: pgchan.AsyncClient, dsn: str) -> None:
+    held, *others = [await client.start(quick, id=f"run{number}") for number in range(21)]
+    with psycopg.connect(dsn) as connection:
+        connection.execute("select pgchan.signal('run0', '1')")
+        stuck = [asyncio.create_task(held.signal(number)) for number in (2, 3)]
+        for _ in range(3):  # one of them went first, the other in a group
+            began = time.monotonic()
+            await asyncio.gather(*(handle.signal(1) for handle in others))
+            assert time.monotonic() - began < 3
+        assert not any(task.done() for task in stuck)
+        connection.commit()
+    await asyncio.gather(*stuck)
+    assert sorted(message.body for message in await held.channel.read()) == [1, 2, 3]
+
+
+async def test_a_lost_answer_to_a_group_of_signals_stores_each_once(dsn: str) -> None:
+    async with Proxy(dsn) as proxy, pgchan.AsyncClient(proxy.dsn) as client:
+        handle = await client.start(quick)
+        proxy.swallow(b"call_deliver_many")
+        found = await asyncio.gather(
+            *(handle.signal(number, key=f"key{number}") for number in range(30)), return_exceptions=True
+        )
+        assert proxy.swallowed == 1
+        assert [isinstance(one, errors.Indefinite) for one in found] == [False] + [True] * 29  # the first went alone
+        again = await asyncio.gather(*(handle.signal(number, key=f"key{number}") for number in range(30)))
+        assert [message.body for message in again] == list(range(30))
+        assert again == await handle.channel.read()
+
+
+async def test_runs_that_wait_are_woken_by_signals_that_go_together(
+    client: pgchan.AsyncClient, sent: Counter[str], workers: Workers, dsn: str, wait_until: Callable[..., Any]
+) -> None:
+    await workers.start(paused, linger=0.0)
+    handles = await asyncio.gather(*(client.start(paused, number) for number in range(40)))
+    waiting = "select count(*) from pgchan.runs where state = 'waiting'"
+    for word in ("first", "second"):
+        await wait_until(lambda: query(dsn, waiting) == [(40,)])
+        await asyncio.gather(*(handle.signal(word) for handle in handles))
+    results = await asyncio.gather(*(handle.result(timeout=20) for handle in handles))
+    assert results == [["first", number] for number in range(40)]
+    assert sent[sql.DELIVER_MANY] > 0
 
 
 async def test_runs_that_are_taken_over_together_are_loaded_together(

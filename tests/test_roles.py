@@ -42,7 +42,7 @@ ROUTINES = {
     WRITES: {
         "publish", "start", "signal", "cancel", "append_messages", "write_messages", "find_channel", "create_channel",
         "close_channel", "enqueue", "call_enqueue", "try_enqueue_many", "call_enqueue_many", "deliver",
-        "call_deliver", "wake",
+        "call_deliver", "try_deliver_many", "call_deliver_many", "wake",
     },
     READS: {"read", "status", "as_json", "ping", "take_probe", "free_probe"},
     WORKS: {
@@ -55,8 +55,8 @@ ROUTINES = {
         "set_channel_retention",
     },
     NOBODY: {
-        "append_one", "check_body", "check_key", "check_name", "enqueue_many", "finish_many", "force_durability",
-        "grant_roles", "hold_families", "hold_family",
+        "append_one", "check_body", "check_key", "check_name", "deliver_many", "enqueue_many", "finish_many",
+        "force_durability", "grant_roles", "hold_families", "hold_family",
         "lock_channels", "lock_runs", "open_signals", "owns", "settle", "settle_many", "supersede", "delete_removed",
         "is_text", "remove_channels", "remove_ended", "remove_expired", "remove_free", "trim_kept",
     },

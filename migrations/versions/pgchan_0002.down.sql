@@ -87,6 +87,12 @@ drop routine pgchan.try_finish_many(bigint[], bigint[], text[], bytea[], bytea[]
 
 drop routine pgchan.call_finish_many(bigint[], bigint[], text[], bytea[], bytea[], integer, text[]);
 
+drop routine pgchan.deliver_many(text[], bytea[], text[]);
+
+drop routine pgchan.try_deliver_many(text[], bytea[], text[], integer);
+
+drop routine pgchan.call_deliver_many(text[], bytea[], text[], integer, text[], bigint[], bigint[], timestamp with time zone[], bigint[]);
+
 drop index pgchan.channels_kept;
 
 drop index pgchan.runs_ended;

@@ -981,10 +981,8 @@ declare
   ending bigint[];
   journals bigint[];
   mothers bigint[];
-  fences bigint[];
-  bodies bytea[];
   ready text[];
-  n integer;
+  moment timestamptz;
 begin
   with ended as (
     update pgchan.runs r set state = e.state, result = e.result, error = e.error, worker = null, wake_at = null,
@@ -996,19 +994,30 @@ begin
   if ending is null then
     return null;
   end if;
-  perform pgchan.supersede(ending);
-  select array_agg(c.id), array_agg(c.epoch), count(*),
-         array_agg(convert_to('{"type":"ended","state":"' || e.state || '"'
-                              || coalesce(',"missed":[' || s.missed || ']', '') || '}', 'UTF8'))
-    into ending, fences, n, bodies
-    from unnest(runs, states) e (run, state) join pgchan.channels c on c.id = e.run
-    cross join lateral (select string_agg(o."position"::text, ',' order by o."position") as missed
-                        from pgchan.open_signals(e.run) o) s;
-  perform pgchan.append(
-    ending, null, null, fences, null, case when n > 1 then array_fill(1, array[n]) end, null,
-    case when n > 1 then array(select generate_series(1, n)) end, case when n > 1 then array_fill(1, array[n]) end,
-    array_fill(2::smallint, array[n]), null, null, null, null, bodies);
-  update pgchan.channels c set closed_at = clock_timestamp() where c.id = any (ending || journals);
+  perform from pgchan.channels c where c.id = any (ending || journals) order by c.id for no key update;
+  moment := clock_timestamp();  -- after the lock, as in append
+  -- What supersede, append and a close would do one after the other: each row of a channel is written once. The number is
+  -- drawn once for both channels of a run, for what stands in a `with` that is used twice is not computed anew.
+  with ended as materialized (
+    select r.channel_id, r.journal_id, r.state, o.head, o.closed_at is null as speaks, s.missed,
+           greatest(o.epoch, j.epoch) + 1 + floor(random() * (1 << 20))::bigint as epoch
+    from pgchan.runs r
+    cross join lateral (select c.* from pgchan.channels c where c.id = r.channel_id limit 1) o
+    cross join lateral (select c.epoch from pgchan.channels c where c.id = r.journal_id limit 1) j
+    cross join lateral (select string_agg(m."position"::text, ',' order by m."position") as missed
+                        from pgchan.open_signals(r.channel_id) m) s
+    where r.channel_id = any (ending)
+  ), closed as (
+    update pgchan.channels c
+      set epoch = e.epoch, closed_at = moment,
+          head = c.head + case when c.id = e.channel_id and e.speaks then 1 else 0 end
+      from ended e where c.id in (e.channel_id, e.journal_id)
+  )
+  insert into pgchan.messages (channel_id, "position", at, kind, body)
+    select e.channel_id, e.head + 1, moment, 2,
+           convert_to('{"type":"ended","state":"' || e.state || '"' || coalesce(',"missed":[' || e.missed || ']', '')
+                      || '}', 'UTF8')
+    from ended e where e.speaks;
   if cardinality(mothers) > 0 then
     -- Rows of runs after rows of channels, against the rule; what holds a parent's for longer is kept out by the lock on
     -- the families.
@@ -1161,6 +1170,105 @@ begin
   end if;
 end $$;
 
+-- `deliver`, several times, in this order; a run may be given more than once. The answers are arrays; heads for `wake`.
+create or replace function pgchan.deliver_many(
+  runs text[], bodies bytea[], keys text[],
+  out outcomes text[], out channel_ids bigint[], out positions bigint[], out ats timestamptz[], out heads bigint[],
+  out ready text[])
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+#variable_conflict use_column
+declare
+  many constant integer := cardinality(runs);
+  places integer[];  -- of those whose run there is; the next three are beside it
+  ids bigint[];
+  slots integer[];
+  nths integer[];
+  targets bigint[];
+  counts integer[];
+  stored record;
+begin
+  perform pgchan.check_key(k.key) from unnest(keys) k (key);
+  perform pgchan.force_durability();
+  perform from pgchan.runs r join pgchan.channels c on c.id = r.channel_id
+    where c.name = any (runs) order by r.channel_id for update of r;
+  outcomes := array_fill('missing'::text, array[many]);
+  select array_agg(e.n order by e.n), array_agg(e.id order by e.n), array_agg(e.slot order by e.n),
+         array_agg(e.nth order by e.n)
+    into places, ids, slots, nths from (
+      select g.n::integer, c.id, dense_rank() over (order by c.id)::integer as slot,
+             row_number() over (partition by c.id order by g.n)::integer as nth
+      from unnest(runs) with ordinality g (name, n)
+      cross join lateral (select c.id from pgchan.channels c where c.name = g.name limit 1) c
+      cross join lateral (select from pgchan.runs r where r.channel_id = c.id limit 1) r) e;
+  if places is null then
+    return;
+  end if;
+  select array_agg(t.id order by t.id), array_agg(t.n order by t.id) into targets, counts
+    from (select i.id, count(*)::integer as n from unnest(ids) i (id) group by i.id) t;
+  select * into stored from pgchan.append(
+    targets, null, null, null, null, counts, null, slots, nths, array_fill(1::smallint, array[cardinality(ids)]),
+    array(select keys[p.place] from unnest(places) with ordinality p (place, n) order by p.n), null, null, null,
+    array(select bodies[p.place] from unnest(places) with ordinality p (place, n) order by p.n)) a;
+  channel_ids := array_fill(null::bigint, array[many]);
+  positions := channel_ids;
+  heads := channel_ids;
+  ats := array_fill(null::timestamptz, array[many]);
+  for i in 1..cardinality(ids) loop
+    channel_ids[places[i]] := ids[i];
+    heads[places[i]] := stored.heads[slots[i]];
+    if stored.bases is null then  -- a key is stored already: the answer is per entry
+      outcomes[places[i]] := stored.outcomes[i];
+      positions[places[i]] := stored.positions[i];
+      ats[places[i]] := stored.ats[i];
+    else
+      outcomes[places[i]] := stored.outcomes[slots[i]];
+      positions[places[i]] := stored.bases[slots[i]] + nths[i];
+      ats[places[i]] := stored.at;
+    end if;
+  end loop;
+  -- Also of those that are ready: a claim that met the lock on such a row has passed over it, and must come again.
+  with woken as (
+    update pgchan.runs r set state = 'scheduled', wake_at = null
+    where r.channel_id in (select a.id from unnest(channel_ids, outcomes) a (id, outcome) where a.outcome = 'appended')
+      and (r.state = 'waiting' or r.state = 'scheduled' and r.wake_at is null)
+    returning r.queue)
+  select array_agg(distinct w.queue) into ready from woken w;
+end $$;
+
+-- `deliver_many`, if each lock that it needs is free within lock_wait ms; else all outcomes are locked, and nothing is done.
+create or replace function pgchan.try_deliver_many(
+  runs text[], bodies bytea[], keys text[], lock_wait integer,
+  out outcomes text[], out channel_ids bigint[], out positions bigint[], out ats timestamptz[], out heads bigint[],
+  out ready text[])
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_variable
+begin
+  perform set_config('lock_timeout', lock_wait || 'ms', true);
+  select d.outcomes, d.channel_ids, d.positions, d.ats, d.heads, d.ready
+    into outcomes, channel_ids, positions, ats, heads, ready from pgchan.deliver_many(runs, bodies, keys) d;
+  perform set_config('lock_timeout', '0', true);
+exception when lock_not_available then
+  outcomes := array_fill('locked'::text, array[cardinality(runs)]);
+end $$;
+
+-- `try_deliver_many`, durable, then announced.
+create or replace procedure pgchan.call_deliver_many(
+  runs text[], bodies bytea[], keys text[], lock_wait integer, inout outcomes text[], inout channel_ids bigint[],
+  inout positions bigint[], inout ats timestamptz[], inout heads bigint[])
+language plpgsql as $$
+#variable_conflict use_variable
+declare
+  ready text[];
+begin
+  select d.outcomes, d.channel_ids, d.positions, d.ats, d.heads, d.ready
+    into outcomes, channel_ids, positions, ats, heads, ready
+    from pgchan.try_deliver_many(runs, bodies, keys, lock_wait) d;
+  commit;
+  perform pgchan.wake(channel_ids, heads, false, ready);
+end $$;
+
 -- Cancel a run: true from this commit on nothing more is recorded for it; false if it had ended; null if there is none.
 create or replace function pgchan.cancel(run text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -1272,7 +1380,7 @@ begin
     pgchan.publish, pgchan.start, pgchan.signal, pgchan.cancel,        -- in SQL
     pgchan.append_messages, pgchan.write_messages, pgchan.find_channel, pgchan.create_channel, pgchan.close_channel,
     pgchan.enqueue, pgchan.call_enqueue, pgchan.try_enqueue_many, pgchan.call_enqueue_many,
-    pgchan.deliver, pgchan.call_deliver, pgchan.wake
+    pgchan.deliver, pgchan.call_deliver, pgchan.try_deliver_many, pgchan.call_deliver_many, pgchan.wake
     to pgchan_publisher, pgchan_worker, pgchan_admin;
 
   -- A subscriber reads everything but what runs were started with; it writes nothing.
