@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import psycopg
 import pytest
 from doors import query
 from proxy import Proxy
@@ -13,6 +14,7 @@ from workers import Workers
 
 import pgchan
 from pgchan.db import Entry
+from pgchan.wakeups import LISTEN_NAMES
 from pgchan.writer import Batch, Queued
 
 
@@ -182,3 +184,38 @@ async def test_a_run_whose_database_stays_away_goes_back_and_is_not_failed(
     proxy.silence(False)
     assert await handle.result(10) == "done"
     assert [m.body for m in await handle.channel.read() if m.kind == "message"] == ["said"]
+
+
+@pgchan.workflow
+async def silent(run: pgchan.Run, steps: int, word: str | None = None) -> None:
+    """Steps, of which each says a word, or none does."""
+    for _ in range(steps):
+        await run.step(say, run, word)
+
+
+async def say(run: pgchan.Run, word: str | None) -> None:
+    """The step."""
+    if word is not None:
+        await run.publish(word)
+
+
+async def test_channels_are_announced_and_journals_are_not(
+    client: pgchan.AsyncClient, dsn: str, direct_dsn: str, workers: Workers
+) -> None:
+    """Nobody can follow a journal; a hint for each step would wake every process that listens to anything."""
+    await workers.start(silent)
+    with psycopg.connect(direct_dsn, autocommit=True) as listener:
+        for name in LISTEN_NAMES[:-2]:
+            listener.execute(f"listen {name}")
+        handles = [await client.start(silent, 5, word) for word in (None, "spoken", None, "spoken")]
+        await asyncio.gather(*(handle.result(timeout=20) for handle in handles))
+        hints = [hint for notify in listener.notifies(timeout=1.0) for hint in notify.payload.split(",")]
+    heard = {int(hint.partition(":")[0]) for hint in hints}
+    rows = query(dsn, "select name, c.id, journal_id from pgchan.runs r join pgchan.channels c on c.id = channel_id")
+    assert heard == {channel_id for _, channel_id, _ in rows}
+    ids = {name: channel_id for name, channel_id, _ in rows}
+    for handle, words in zip(handles, (0, 5, 0, 5), strict=True):
+        # What is written together is announced together; its last word is announced in any case, and its end.
+        told = [hint for hint in hints if hint.startswith(f"{ids[handle.id]}:")]
+        assert f"{ids[handle.id]}:-1" in told
+        assert (f"{ids[handle.id]}:{words}" in told) == (words > 0)
