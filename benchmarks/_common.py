@@ -35,6 +35,7 @@ import asyncpg
 
 from pgchan import dsn as dsns
 from pgchan import migrate
+from pgchan.console import spare_collector
 from pgchan.embedded import Embedded
 from pgchan.errors import Error
 
@@ -214,6 +215,7 @@ def _run(
         print(" · ".join(f"{name}: {value}" for name, value in machine(report.server).items()))
         busy = " · others are at work here: trust ratios only" if os.getloadavg()[0] > (os.cpu_count() or 1) / 2 else ""
         print(f"takes about {seconds:g} s with {ROUNDS} rounds, this is {arguments.rounds}{busy}", flush=True)
+        spare_collector()  # as in a process of `pgchan worker`, and for the floors and peers as well
         asyncio.run(measure(report))
         report.show()
 
@@ -462,6 +464,7 @@ def _child(connection: Any, target: Callable[..., Any], args: tuple[Any, ...]) -
         sys.stdout.flush()
         os._exit(0)  # the benchmark has ended: leave without closing anything, like a process that is killed
 
+    spare_collector()
     asyncio.run(run())
 
 

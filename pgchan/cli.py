@@ -126,6 +126,7 @@ def worker(target: str) -> None:
     if not isinstance(found, Worker):
         raise InvalidInput(f"{target!r} is a {type(found).__name__}; name a pgchan.Worker, as module:attribute")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    console.spare_collector()
     asyncio.run(found.run())
 
 

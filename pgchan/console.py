@@ -1,4 +1,4 @@
-"""What the commands read and print: bodies and lines in; text, tables and JSON out.
+"""What the commands read, print and set: bodies and lines in; text, tables and JSON out; the process they run in.
 
 A person at a terminal gets tables, a pipe gets lines with tabs, a program that asks for JSON gets one object a line.
 Nothing that a terminal would obey is ever printed.
@@ -7,6 +7,7 @@ Nothing that a terminal would obey is ever printed.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import re
 import sys
@@ -19,7 +20,19 @@ from typing import Any, BinaryIO
 from pgchan import names
 from pgchan.errors import InvalidInput
 
+# New objects, and rounds over the young ones, before Python looks for cycles in the older. With its own 700, 10, 10 it
+# goes through thousands of readers or runs that wait, each time they are told of something: half of the time.
+COLLECTOR_THRESHOLDS = (10_000, 20, 50)
 CELL_LENGTH_MAX = 60  # of a result or error in a table; --json has all of it
+
+
+def spare_collector() -> None:
+    """Let the collector look less often, in a process that is pgchan's own; in others it is not ours to set.
+
+    Call it when everything is imported: what is there then is not looked at again.
+    """
+    gc.freeze()
+    gc.set_threshold(*COLLECTOR_THRESHOLDS)
 
 
 def load(target: str) -> Any:

@@ -28,8 +28,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import pgchan
+from pgchan import console, migrate
 from pgchan import dsn as dsns
-from pgchan import migrate
 from pgchan.embedded import Embedded
 from pgchan.server import Insecure, Server, create_app
 from pgchan.server.serve import config
@@ -66,6 +66,7 @@ def main(port: int = 8000, dsn: str | None = None, workers: int = 2, data: str |
             dsn, prefix = dsns.resolve(dsn), f"demo-{os.getpid()}"
             _say("PostgreSQL", "the one of the given DSN")
         migrate.upgrade(dsn)
+        console.spare_collector()
         asyncio.run(_serve(listener, dsn, workers, prefix))
     return 0
 
@@ -80,6 +81,7 @@ def work(name: str) -> None:
         async with pgchan.AsyncClient() as client:
             await pgchan.Worker(client, [research], name=name, drain=DRAIN_SECONDS).run()
 
+    console.spare_collector()
     asyncio.run(run())
 
 

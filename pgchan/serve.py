@@ -13,6 +13,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
+from pgchan import console
 from pgchan.errors import InvalidInput, Unavailable
 
 CHECK_SECONDS = 5.0  # for the database's answer before the start; one that is not up yet does not keep the server down
@@ -30,6 +31,7 @@ def main(found: Any, target: str, *, host: str, port: int, workers: int, insecur
     Raises InvalidInput; UnsafeDeployment and SchemaMismatch for a database that is not fit.
     """
     app = _app(found, target, host=host, workers=workers, insecure=insecure)
+    console.spare_collector()
     return asyncio.run(_run(app, target, host, port, workers))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import pty
@@ -22,6 +23,7 @@ from logins import Logins
 
 import pgchan
 from pgchan import db
+from pgchan.console import COLLECTOR_THRESHOLDS
 
 
 @pytest.fixture
@@ -163,6 +165,7 @@ def test_nothing_that_a_terminal_would_obey_is_printed(run: Any, dsn: str) -> No
 # ---- runs
 
 WORKFLOWS = """
+import gc
 import pgchan
 
 @pgchan.workflow
@@ -179,7 +182,11 @@ async def choose(word: str) -> str:
 async def fail(run: pgchan.Run) -> None:
     raise pgchan.Fatal("as told")
 
-worker = pgchan.Worker(pgchan.AsyncClient(), [greet, fail])
+@pgchan.workflow
+async def collector(run: pgchan.Run) -> list[int]:
+    return [*gc.get_threshold(), gc.get_freeze_count()]
+
+worker = pgchan.Worker(pgchan.AsyncClient(), [greet, fail, collector])
 """
 
 
@@ -210,6 +217,16 @@ def test_a_run_is_started_signalled_and_shown(run: Any, dsn: str, worker: Any, b
     assert json.loads(run("runs", "--json", dsn=dsn).out)["id"] == "run-1"
     refused(run("cancel", "run-1", dsn=dsn), 1)
     refused(run("signal", "run-1", "1", dsn=dsn), 1)
+
+
+def test_the_collector_spares_a_process_of_our_own_and_no_other(run: Any, dsn: str, worker: Any) -> None:
+    before = gc.get_threshold()
+    run("start", "collector", "--id", "run-1", dsn=dsn)
+    with pgchan.Client(dsn) as client:
+        *thresholds, frozen = client.run("run-1").result(timeout=30)
+    assert tuple(thresholds) == COLLECTOR_THRESHOLDS
+    assert frozen > 0
+    assert gc.get_threshold() == before != COLLECTOR_THRESHOLDS
 
 
 def test_a_run_is_cancelled(run: Any, dsn: str) -> None:
