@@ -287,17 +287,29 @@ def form(connection: psycopg.Connection[Any], statement: str) -> list[tuple[byte
     return [(described.fname(n), described.ftype(n)) for n in range(described.nfields)]
 
 
-async def test_an_end_that_waits_for_a_downgrade_is_cut_off_and_can_be_repeated(old_dsn: str, wait_until: Any) -> None:
+# Calls of workers, in the form of both releases: of a run and its journal.
+CALLS_OF_WORKERS = {
+    "an end": "call pgchan.call_finish({run}, 0, 'succeeded', null, null, null, null)",
+    "a record": "call pgchan.write('{{{journal}}}', null, null, '{{0}}', '{{{journal}}}', '{{1}}', null, '{{1}}', "
+                "'{{1}}', '{{0}}', '{{step}}', '{{step}}', '{{1}}', null, array['1'::bytea], 50, "
+                "null, null, null, null, null, null, null)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CALLS_OF_WORKERS)
+async def test_what_a_worker_writes_while_a_downgrade_has_the_tables_is_cut_off_and_can_be_repeated(
+    old_dsn: str, wait_until: Any, what: str
+) -> None:
     migrate.upgrade(old_dsn)
     with psycopg.connect(old_dsn, autocommit=True) as connection:
         connection.execute("select pgchan.start('squares', '[]', 'r')")
-        (run,) = connection.execute("select channel_id from pgchan.runs").fetchone() or ()
-        finish = f"call pgchan.call_finish({run}, 0, 'succeeded', null, null, null, null)"
+        run, journal = connection.execute("select channel_id, journal_id from pgchan.runs").fetchone() or ()
+        call = CALLS_OF_WORKERS[what].format(run=run, journal=journal)
 
         def end() -> BaseException | None:
             with psycopg.connect(old_dsn, autocommit=True) as other:
                 try:
-                    other.execute(finish)
+                    other.execute(call)
                 except psycopg.Error as error:
                     return error
             return None
@@ -312,7 +324,9 @@ async def test_an_end_that_waits_for_a_downgrade_is_cut_off_and_can_be_repeated(
             for statement in down[1:]:
                 connection.execute(statement.encode())
         assert isinstance(await ending, psycopg.errors.AdminShutdown)
-        connection.execute(finish.encode())
+        connection.execute(call.encode())
+        stored = connection.execute("select count(*) from pgchan.messages").fetchone()
+        assert stored == (1 if what == "a record" else 0,)  # nobody has claimed the run, so nobody may end it
 
 
 async def test_a_downgrade_while_workers_of_both_run_loses_nothing(old: Path, old_dsn: str, begin: Begin) -> None:
