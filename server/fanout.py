@@ -113,6 +113,8 @@ class Fanout:
                     await self._write(page)
         except (Reset, errors.Error):
             pass  # each of them meets it alone, and tells its client
+        except asyncio.CancelledError:
+            pass  # by `end`; a task that keeps it keeps the last page, until the collector comes by
         finally:
             self._tail.unfollow()
             for rider in self._riders:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import socket
@@ -13,7 +14,7 @@ from doors import query
 from serving import Running, follow, message_of, parse_block
 from starlette.middleware.gzip import GZipMiddleware
 
-from pgchan import AsyncClient
+from pgchan import AsyncClient, Message
 from pgchan.server import App, Insecure, create_app, fanout
 
 Wait = Callable[..., Awaitable[None]]
@@ -149,3 +150,34 @@ async def test_without_a_known_server_there_is_no_wire() -> None:
         raise AssertionError("unused")
 
     assert fanout.Wire.of({"type": "http", "http_version": "1.1"}, send, True) is None
+
+
+class Stalled:
+    """A wire that takes nothing."""
+
+    is_chunked = False
+
+    def write(self, _data: bytes) -> bool:
+        return False
+
+
+async def test_a_fanout_that_ends_leaves_no_messages_to_the_collector(client: AsyncClient, wait_until: Wait) -> None:
+    """The collector may be minutes away, and there is one fanout each time that the last reader falls behind."""
+    channel = client.channel("c")
+    await channel.publish("first")
+    fanouts = fanout.Fanouts()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(5):
+            page = await channel.page(after="now")
+            rider = fanout.Rider(Stalled(), page.cursor)  # type: ignore[arg-type]
+            riding = asyncio.create_task(fanouts.ride(channel, "final", rider, lambda page: page[0].raw))
+            await asyncio.sleep(0.05)
+            await channel.publish("something")
+            await asyncio.wait_for(riding, 5)
+            await asyncio.sleep(0.05)  # its task ends
+        left = [one for one in gc.get_objects() if isinstance(one, Message) and one.channel == "c"]
+    finally:
+        gc.enable()
+    assert len(left) <= 1  # the last one may still be in the hands of who was told of it
