@@ -654,10 +654,16 @@ class Attempt:
         for entry in deferred:
             self._put_soon(entry)
 
-    def moved(self, channel_id: int, head: int) -> None:
-        """Note what a transaction has written past the writer."""
-        if channel_id in self._writer.heads:
-            self._writer.heads[channel_id] = max(head, self._writer.heads[channel_id])
+    def committed(self, rows: list[Row]) -> None:
+        """Take in what a transaction has written past the writer, rows of sql.APPEND_QUIETLY, and announce it: the
+        channel and not the journal, which nobody can follow."""
+        heads = self._writer.heads
+        for row in rows:
+            for channel_id, head in zip(row[0], row[1], strict=True):
+                if channel_id in heads:
+                    heads[channel_id] = max(head, heads[channel_id])
+                if channel_id != self.claimed.journal_id:
+                    self.db.announce([channel_id], [head], False, [])
 
 
 class _Receipt:

@@ -301,10 +301,7 @@ class BlockingTransaction:
                     self._end("fenced")
                     raise errors.fenced(run.id)
             self._connection.commit()
-            for row in rows:
-                for channel_id, head in zip(row[0], row[1], strict=True):
-                    attempt.moved(channel_id, head)
-                attempt.db.announce(list(row[0]), list(row[1]), False, [])
+            attempt.committed(rows)
         except Exception as error:
             self._roll_back()
             if may_pass(error):

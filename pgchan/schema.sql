@@ -201,7 +201,7 @@ begin
 end $$;
 
 -- Announce what `append` has written. A journal, which is the channel that is its own owner, is left out: nobody can
--- follow one, and to whose run it belongs wrote it. So a step that says nothing wakes nobody.
+-- follow one, and the worker that has the run wrote it. So a step that says nothing wakes nobody.
 create function pgchan.wake_written(ids bigint[], owners bigint[], heads bigint[], created boolean) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
@@ -1577,8 +1577,9 @@ declare
 begin
   perform pgchan.check_key(k.key) from unnest(keys) k (key);
   perform pgchan.force_durability();
-  perform from pgchan.runs r join pgchan.channels c on c.id = r.channel_id
-    where c.name = any (runs) order by r.channel_id for update of r;
+  select array_agg(l.channel_id) into targets from (
+    select r.channel_id from pgchan.runs r join pgchan.channels c on c.id = r.channel_id
+    where c.name = any (runs) order by r.channel_id for update of r) l;
   outcomes := array_fill('missing'::text, array[many]);
   select array_agg(e.n order by e.n), array_agg(e.id order by e.n), array_agg(e.slot order by e.n),
          array_agg(e.nth order by e.n)
@@ -1587,7 +1588,7 @@ begin
              row_number() over (partition by c.id order by g.n)::integer as nth
       from unnest(runs) with ordinality g (name, n)
       cross join lateral (select c.id from pgchan.channels c where c.name = g.name limit 1) c
-      cross join lateral (select from pgchan.runs r where r.channel_id = c.id limit 1) r) e;
+      where c.id = any (targets)) e;  -- a run that was started since is not locked, so it may be about to suspend
   if places is null then
     return;
   end if;

@@ -31,7 +31,6 @@ def main(found: Any, target: str, *, host: str, port: int, workers: int, insecur
     Raises InvalidInput; UnsafeDeployment and SchemaMismatch for a database that is not fit.
     """
     app = _app(found, target, host=host, workers=workers, insecure=insecure)
-    console.spare_collector()
     return asyncio.run(_run(app, target, host, port, workers))
 
 
@@ -65,6 +64,7 @@ def _is_loopback(host: str) -> bool:
 async def _run(app: Any, target: str, host: str, port: int, workers: int) -> int:
     from pgchan.server.serve import Server, config
 
+    console.spare_collector()
     await _refuse_unfit(app)
     server = Server(config(app, host, port, log_level="info"))
     keepers = [asyncio.create_task(_keep_worker(target, server)) for _ in range(workers)]

@@ -182,10 +182,7 @@ class Transaction:
             point_soon("checkpoint_sent", asyncio.get_running_loop().call_soon)
             await (self._transaction if self._engine is None else self._connection).commit()
             point("checkpointed")
-            for row in rows:
-                for channel_id, head in zip(row[0], row[1], strict=True):
-                    attempt.moved(channel_id, head)
-                attempt.db.announce(list(row[0]), list(row[1]), False, [])
+            attempt.committed(rows)
         except Exception as error:
             await self._roll_back()
             if may_pass(error):

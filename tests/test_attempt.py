@@ -191,6 +191,9 @@ async def silent(run: pgchan.Run, steps: int, word: str | None = None) -> None:
     """Steps, of which each says a word, or none does."""
     for _ in range(steps):
         await run.step(say, run, word)
+    async with run.transaction("rows"):
+        if word is not None:
+            await run.publish("committed")
 
 
 async def say(run: pgchan.Run, word: str | None) -> None:
@@ -214,7 +217,7 @@ async def test_channels_are_announced_and_journals_are_not(
     rows = query(dsn, "select name, c.id, journal_id from pgchan.runs r join pgchan.channels c on c.id = channel_id")
     assert heard == {channel_id for _, channel_id, _ in rows}
     ids = {name: channel_id for name, channel_id, _ in rows}
-    for handle, words in zip(handles, (0, 5, 0, 5), strict=True):
+    for handle, words in zip(handles, (0, 6, 0, 6), strict=True):
         # What is written together is announced together; its last word is announced in any case, and its end.
         told = [hint for hint in hints if hint.startswith(f"{ids[handle.id]}:")]
         assert f"{ids[handle.id]}:-1" in told

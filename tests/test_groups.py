@@ -277,6 +277,23 @@ async def test_a_lost_answer_to_a_group_of_signals_stores_each_once(dsn: str) ->
         assert again == await handle.channel.read()
 
 
+async def test_a_run_that_is_started_while_a_group_of_signals_waits_for_a_lock_is_not_in_it(
+    client: pgchan.AsyncClient, dsn: str, wait_until: Callable[..., Any]
+) -> None:
+    """It is not locked, so it could go to sleep beside its signal and never hear of it."""
+    await client.start(quick, id="there")
+    many = "select d.outcomes from pgchan.deliver_many('{there,late}', array['1', '2']::bytea[], '{null,null}') d"
+    with psycopg.connect(dsn) as connection:
+        connection.execute("select 1 from pgchan.runs for update")
+        waiting = asyncio.create_task(asyncio.to_thread(query, dsn, many))
+        stuck = "select 1 from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+        await wait_until(lambda: query(dsn, stuck))
+        await client.start(quick, id="late")
+        connection.rollback()
+    assert await waiting == [(["appended", "missing"],)]
+    assert await client.channel("late").read() == []
+
+
 async def test_runs_that_wait_are_woken_by_signals_that_go_together(
     client: pgchan.AsyncClient, sent: Counter[str], workers: Workers, dsn: str, wait_until: Callable[..., Any]
 ) -> None:
