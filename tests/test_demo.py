@@ -153,6 +153,8 @@ def wait_for_log(browser: Chrome, kind: str, number: int = 1) -> str:
 def wait_for_end(browser: Chrome) -> None:
     wait_until(browser, lambda: state(browser) in ("succeeded", "failed", "cancelled"), "the run did not end")
     assert state(browser) == "succeeded"
+    ended = "return document.body.dataset.connection === 'ended'"
+    wait_until(browser, lambda: browser.execute_script(ended), "the page did not receive all")
 
 
 def shown(browser: Chrome) -> list[str]:
@@ -286,6 +288,39 @@ def test_after_everything_at_once_two_tabs_and_a_reload_show_the_same(browser: C
     reports.append((shown(browser), text(browser, "#steps")))
     assert reports[0] == reports[1] == reports[2]
     assert len(" ".join(reports[0][0]).split()) > 100
+
+
+# Holds back half of what the stream brings first until the page knows from elsewhere that the run is over.
+SLOW_STREAM = """
+const plain = window.fetch
+window.fetch = async (url, options) => {
+  const response = await plain(url, options)
+  if (!new URL(url, location).pathname.startsWith("/channels/")) return response
+  const slow = new TransformStream({
+    async transform(chunk, controller) {
+      const half = chunk.length >> 1
+      controller.enqueue(chunk.slice(0, half))
+      while (document.body.dataset.state !== "succeeded") await new Promise((go) => setTimeout(go, 20))
+      controller.enqueue(chunk.slice(half))
+    },
+  })
+  return new Response(response.body.pipeThrough(slow), { status: response.status, headers: response.headers })
+}
+"""
+
+
+def test_a_page_that_learns_early_of_the_end_still_shows_the_whole_report(browser: Chrome, demo: Demo) -> None:
+    begin(browser, demo, "sqlite3")
+    wait_for_end(browser)
+    whole = shown(browser)
+    injected = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": SLOW_STREAM})
+    try:
+        browser.refresh()
+        wait_for_end(browser)
+        assert shown(browser) == whole
+        assert count(browser, "#report .writing") == 0
+    finally:
+        browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", injected)
 
 
 def test_the_page_allows_no_inline_script_and_the_kill_no_foreign_request(demo: Demo) -> None:

@@ -216,7 +216,6 @@ function showStatus() {
   element("kill").disabled = isOver || status.state !== "running" || !pid
   element("redirect").querySelector("button").disabled = isOver
   for (const item of steps.values()) showStepState(item)
-  if (isOver) settle()
 }
 
 function showConnection(state) {
@@ -240,6 +239,7 @@ function showLog(message) {
       log("signal", `Signal ${body.signal} was consumed by ${body.step}`, message.at)
     }
     if (body.type === "ended") {
+      settle() // here and not where the status is shown, which may know of the end before the last words have come
       log("ended", `The run ${body.state === "cancelled" ? "was cancelled" : body.state} after ${message.position} messages`, message.at)
       if (body.missed?.length) log("signal", `It ended before signal ${body.missed.join(", ")} was read`, message.at)
     }
