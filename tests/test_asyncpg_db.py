@@ -187,14 +187,13 @@ async def test_a_cancelled_batch_leaves_no_transaction_open(client: pgchan.Async
     with psycopg.connect(client.dsn) as connection:
         connection.execute("select pgchan.publish('c', '1')")
         task = asyncio.create_task(client.channel("c").publish_many(list(range(2000))))
-        waiting = "select 1 from pg_stat_activity where wait_event_type = 'Lock' and application_name = 'pgchan pool'"
-        await wait_until(lambda: query(client.dsn, waiting))
+        ours = "select 1 from pg_stat_activity where datname = current_database() and application_name = 'pgchan pool'"
+        await wait_until(lambda: query(client.dsn, f"{ours} and wait_event_type = 'Lock'"))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         connection.rollback()
-    open_ones = "select 1 from pg_stat_activity where xact_start is not null and application_name = 'pgchan pool'"
-    await wait_until(lambda: not query(client.dsn, open_ones))
+    await wait_until(lambda: not query(client.dsn, f"{ours} and xact_start is not null"))
     assert (await client.channel("c").publish("next")).position == 2
 
 
@@ -215,7 +214,8 @@ async def test_a_client_leaves_no_task_and_no_connection_behind(direct_dsn: str,
         await client.channel("c").publish(1)
         await anext(tail)
     assert asyncio.all_tasks() == before
-    await wait_until(lambda: not query(dsn, "select 1 from pg_stat_activity where application_name like 'pgchan %'"))
+    ours = "select 1 from pg_stat_activity where datname = current_database() and application_name like 'pgchan %'"
+    await wait_until(lambda: not query(dsn, ours))
 
 
 async def test_many_first_readers_cost_one_check_and_one_listening_connection(

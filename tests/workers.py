@@ -369,8 +369,9 @@ class Process:
         with psycopg.connect(direct(self.dsn), autocommit=True) as connection:
             while True:
                 found = connection.execute(
-                    "select pg_terminate_backend(pid) from pg_stat_activity where application_name = any (%s)", [names]
-                ).fetchall()
+                    "select pg_terminate_backend(pid) from pg_stat_activity "
+                    "where datname = current_database() and application_name = any (%s)", [names],
+                ).fetchall()  # fmt: skip
                 if found or time.monotonic() > until:
                     return len(found)
                 time.sleep(0.02)

@@ -345,11 +345,11 @@ async def the_listener_is_deaf_for_a_moment(ground: Ground) -> None:
     for door in "async", "blocking":
         reader = await ground.start_reader(door, "c")
         await reader.does("read", value="first")
-        listens = f"select 1 from pg_stat_activity where application_name = '{reader.name} listen'"
-        await wait_until(lambda listens=listens: query(ground.dsn, listens))  # it may just have had to reconnect
         reader.send(signal.SIGSTOP)
         assert reader.cut("listen") == 1
-    listening = "select 1 from pg_stat_activity where application_name like '% listen'"
+    listening = (
+        "select 1 from pg_stat_activity where datname = current_database() and application_name like '% listen'"
+    )
     await wait_until(lambda: not query(ground.dsn, listening))
     ground.log.write("quiet")
     await ground.publish("c", "probe", probe=True)
