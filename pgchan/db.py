@@ -354,9 +354,10 @@ def translate(sqlstate: str | None, message: str, hint: str | None, *, writing: 
 # What is not here is a worker's.
 _ROLES: dict[str, frozenset[str]] = {
     "pgchan_publisher": frozenset({
-        "publish", "start", "signal", "cancel", "append_messages", "write_messages", "find_channel", "create_channel",
-        "close_channel", "enqueue", "call_enqueue", "try_enqueue_many", "call_enqueue_many", "deliver",
-        "call_deliver", "try_deliver_many", "call_deliver_many", "wake",
+        "publish", "start", "signal", "cancel", "append_messages", "write_messages", "append_message",
+        "write_message", "find_channel", "create_channel", "close_channel", "enqueue", "call_enqueue",
+        "try_enqueue_many", "call_enqueue_many", "deliver", "call_deliver", "try_deliver_many", "call_deliver_many",
+        "wake",
     }),
     "pgchan_subscriber": frozenset({
         "read", "status", "as_json", "ping", "take_probe", "free_probe", "channels", "messages", "runs", "workers",

@@ -26,6 +26,13 @@ call pgchan.write($1::bigint[], $2::text[], $3::text[], $4::bigint[], $5::bigint
                   $14::bigint[], $15::bytea[], $16::integer, null, null, null, null, null, null, null)
 """
 
+# The same for a batch of one entry to a channel that is known: plain values, which cost both sides less.
+WRITE_MESSAGE = "call pgchan.write_message($1::bigint, $2::text, $3::bytea, $4::integer, null, null, null)"
+WRITE_ENTRY = """
+call pgchan.write_entry($1::bigint, $2::bigint, $3::bigint, $4::bigint, $5::smallint, $6::text, $7::text, $8::integer,
+                        $9::bigint, $10::bytea, $11::integer, null, null, null)
+"""
+
 # Messages in the caller's transaction, announced within it (a NOTIFY is sent when its transaction commits).
 APPEND_MESSAGES = """
 select a.channel_ids, a.heads, a.bases, a.outcomes, a.at, a.positions, a.ats,

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pgchan import sql
-from pgchan.db import Entry, Outcome, Row
+from pgchan.db import MESSAGE, Entry, Outcome, Row
 from pgchan.errors import Error
 from pgchan.names import PAGE_BYTES_MAX, PAGE_MESSAGES_MAX
 
@@ -37,6 +37,9 @@ WAITING_BYTES_MAX = 16 << 20  # what may wait in memory; publishers wait for roo
 WAITING_ENTRIES_MAX = 50_000
 LOCK_WAIT_MS = 50  # longer than any transaction of pgchan's own; a caller's may last for seconds
 LOCK_RETRY_SECONDS = 0.05  # how long entries of a locked channel are set aside
+
+NOTHING_ELSE = (None,) * 5
+ONE_COLUMNS = 3  # of the answer to a call for one entry: outcome, position, at
 
 Settle = Callable[["Entry", "Outcome | Error"], None]
 
@@ -157,6 +160,8 @@ class Batch:
 
     def call(self, lock_wait: int) -> tuple[str, tuple[object, ...]]:
         """The call that writes this batch, in a transaction of its own, and its arguments."""
+        if len(self.queued) == 1 and self.queued[0].entry.channel_id is not None:
+            return _call_one(self.queued[0].entry, lock_wait)
         arguments = self.arguments()
         messages = _messages(arguments)
         if messages is None:
@@ -170,7 +175,10 @@ class Batch:
         return found
 
     def outcomes(self, row: Row) -> list[Outcome]:
-        """One outcome per entry, from the row that `pgchan.write` or `pgchan.append` returned."""
+        """One outcome per entry, from the row that the call or `pgchan.append` returned."""
+        if len(row) == ONE_COLUMNS:
+            word, position, at = row
+            return [Outcome(word, self.queued[0].entry.channel_id, position, at)]
         channel_ids, _heads, bases, words, at, positions, ats = row[:7]
         if bases is None:  # the batch held a key that is stored: the answer is per entry
             return [
@@ -186,6 +194,9 @@ class Batch:
 
     def heads(self, row: Row) -> list[tuple[Entry, int, int]]:
         """The channels that were written by an owner: how many entries, and the head that each has now."""
+        if len(row) == ONE_COLUMNS:
+            entry = self.queued[0].entry
+            return [(entry, 1, row[1])] if row[0] == "appended" and entry.owner is not None else []
         return [
             (group.entry, group.count, head)
             for group, head in zip(self._groups.values(), row[1], strict=True)
@@ -199,6 +210,17 @@ class Batch:
             if queued.entry.owner is not None:
                 found.setdefault(queued.entry.name, (queued.entry, []))[1].append(index)
         return list(found.values())
+
+
+def _call_one(entry: Entry, lock_wait: int) -> tuple[str, tuple[object, ...]]:
+    """The call that writes one entry to a channel that is known."""
+    others = (entry.fence, entry.inbox, entry.step, entry.attempt, entry.void_from)
+    if entry.kind == MESSAGE and others == NOTHING_ELSE:
+        return sql.WRITE_MESSAGE, (entry.channel_id, entry.key, entry.body, lock_wait)
+    return sql.WRITE_ENTRY, (
+        entry.channel_id, entry.fence, entry.owner, entry.inbox, entry.kind, entry.key, entry.step, entry.attempt,
+        entry.void_from, entry.body, lock_wait,
+    )  # fmt: skip
 
 
 def _messages(arguments: tuple[list[Any] | None, ...]) -> tuple[list[Any] | None, ...] | None:

@@ -40,14 +40,15 @@ NOBODY: frozenset[str] = frozenset()
 ROUTINES = {
     ALL: {"version", "serves"},
     WRITES: {
-        "publish", "start", "signal", "cancel", "append_messages", "write_messages", "find_channel", "create_channel",
-        "close_channel", "enqueue", "call_enqueue", "try_enqueue_many", "call_enqueue_many", "deliver",
-        "call_deliver", "try_deliver_many", "call_deliver_many", "wake",
+        "publish", "start", "signal", "cancel", "append_messages", "write_messages", "append_message",
+        "write_message", "find_channel", "create_channel", "close_channel", "enqueue", "call_enqueue",
+        "try_enqueue_many", "call_enqueue_many", "deliver", "call_deliver", "try_deliver_many", "call_deliver_many",
+        "wake",
     },
     READS: {"read", "status", "as_json", "ping", "take_probe", "free_probe"},
     WORKS: {
-        "append", "write", "wake_written", "claim", "suspend", "finish", "call_finish", "try_finish_many",
-        "call_finish_many", "continue_run", "release", "upkeep", "expire",
+        "append", "write", "append_entry", "write_entry", "wake_written", "claim", "suspend", "finish", "call_finish",
+        "try_finish_many", "call_finish_many", "continue_run", "release", "upkeep", "expire",
         "new_worker", "register", "come_back", "leave", "reap", "take_lock", "await_lock", "free_lock", "free_locks",
     },
     ADMINISTERS: {

@@ -49,6 +49,14 @@ drop view pgchan.channel_status;
 
 drop routine pgchan.wake_written(bigint[], bigint[], bigint[], boolean);
 
+drop routine pgchan.append_entry(bigint, bigint, bigint, smallint, text, text, integer, bigint, bytea, integer);
+
+drop routine pgchan.append_message(bigint, text, bytea, integer);
+
+drop routine pgchan.write_message(bigint, text, bytea, integer, text, bigint, timestamp with time zone);
+
+drop routine pgchan.write_entry(bigint, bigint, bigint, bigint, smallint, text, text, integer, bigint, bytea, integer, text, bigint, timestamp with time zone);
+
 drop routine pgchan.is_text(bytea);
 
 drop routine pgchan.compact_channel(text);
@@ -568,6 +576,14 @@ begin
     where r.channel_id = mother and r.state = 'waiting' returning r.queue into ready;
   return ready;
 end $$;
+
+-- One entry to one channel that the caller has locked and knows to be open. For this file's own control messages.
+create or replace function pgchan.append_one(channel bigint, kind integer, key text, step text, body bytea) returns bigint
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  select a.heads[1] from pgchan.append(
+    array[channel], null, null, array[(select c.epoch from pgchan.channels c where c.id = channel)], null, null, null,
+    null, null, array[kind::smallint], array[key], array[step], null, null, array[body]) a
+$$;
 
 -- Let a run leave memory until a signal, a child's end or wake_at. False if something that it waits for has already
 -- happened: a signal past `seen`, the end of one of the children. The row lock puts this in order with `deliver`.

@@ -199,34 +199,19 @@ begin
   -- The next position comes from the channel's row, never from max(position): a statement that waits for a lock keeps
   -- the snapshot it took before waiting, so max() is stale and two publishers collide. The lock is taken in a statement
   -- of its own; the next one sees what it waited for. It lasts until commit, which puts positions in commit order.
-  if cardinality(ids) = 1 and ids[1] is not null
-     and (keys is null or cardinality(bodies) = 1 and inboxes is null or cardinality(array_remove(keys, null)) = 0) then
-    -- One known channel, and no keys or one entry: the usual batch of a single publisher, or of a run that is alone. If
-    -- nobody has the lock and nothing refuses the batch, it takes two plain statements; everything else is told apart
-    -- below.
+  if cardinality(ids) = 1 and ids[1] is not null and keys is null then
+    -- One known channel and no keys: what a single publisher has written meanwhile, or a run that is alone. If nobody has
+    -- the lock and nothing refuses the batch, it takes two plain statements; everything else is told apart below.
     update pgchan.channels c set head = c.head + counts[1], inbox = greatest(c.inbox, inboxes[1])
       where c.id = (select k.id from pgchan.channels k where k.id = ids[1] for no key update skip locked)
         and c.closed_at is null and (fences[1] = c.epoch or fences[1] is null and c.name not like 'pgchan:%')
       returning array[c.head - counts[1]], array[c.head], array['appended'] into bases, heads, outcomes;
     if found then
       at := clock_timestamp();
-      if keys[1] is not null then
-        insert into pgchan.messages (channel_id, "position", at, kind, key, step, attempt, void_from, body)
-          values (ids[1], heads[1], append.at, kinds[1], keys[1], steps[1], attempts[1], voids[1], bodies[1])
-          on conflict do nothing;
-      elsif cardinality(bodies) = 1 then
-        insert into pgchan.messages (channel_id, "position", at, kind, step, attempt, void_from, body)
-          values (ids[1], heads[1], append.at, kinds[1], steps[1], attempts[1], voids[1], bodies[1]);
-      else
-        insert into pgchan.messages (channel_id, "position", at, kind, step, attempt, void_from, body)
-          select ids[1], bases[1] + e.nth, append.at, e.kind, e.step, e.attempt, e.void_from, e.body
-          from unnest(nths, kinds, steps, attempts, voids, bodies) e (nth, kind, step, attempt, void_from, body);
-      end if;
-      if found then
-        return;
-      end if;
-      -- The key is stored already. Nobody has seen the new head: the row is locked.
-      update pgchan.channels c set head = c.head - 1 where c.id = ids[1];
+      insert into pgchan.messages (channel_id, "position", at, kind, step, attempt, void_from, body)
+        select ids[1], bases[1] + e.nth, append.at, e.kind, e.step, e.attempt, e.void_from, e.body
+        from unnest(nths, kinds, steps, attempts, voids, bodies) e (nth, kind, step, attempt, void_from, body);
+      return;
     end if;
   end if;
   busy := pgchan.lock_channels(channel_ids, lock_wait);
@@ -317,6 +302,78 @@ begin
   end;
 end $$;
 
+-- `append` for one entry to a known channel, in plain values: what a writer has whose caller is alone. Arrays, and an
+-- answer in arrays, cost both sides as much as the writing does.
+--
+-- Returns the channel's new head, null where nothing was appended; the outcome, in the words of `append`; the position
+-- and the time of the message, if it is stored.
+create or replace function pgchan.append_entry(
+  id bigint, fence bigint, inbox bigint, kind smallint, key text, step text, attempt integer, void_from bigint,
+  body bytea, lock_wait integer default null,
+  out head bigint, out outcome text, out "position" bigint, out at timestamptz)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+#variable_conflict use_column
+declare
+  stored record;
+begin
+  if current_setting('synchronous_commit') in ('off', 'local', 'remote_write') then
+    perform set_config('synchronous_commit', 'on', true);  -- force_durability, without the call
+  end if;
+  if key is null or inbox is null then
+    -- If nobody has the lock and nothing refuses the entry, it takes two plain statements, as in `append`.
+    update pgchan.channels c set head = c.head + 1, inbox = greatest(c.inbox, append_entry.inbox)
+      where c.id = (select k.id from pgchan.channels k where k.id = append_entry.id for no key update skip locked)
+        and c.closed_at is null and (fence = c.epoch or fence is null and c.name not like 'pgchan:%')
+      returning c.head, 'appended' into head, outcome;
+    if found then
+      "position" := head;
+      at := clock_timestamp();
+      if key is null then
+        insert into pgchan.messages (channel_id, "position", at, kind, step, attempt, void_from, body)
+          values (append_entry.id, append_entry.head, append_entry.at, append_entry.kind, append_entry.step,
+                  append_entry.attempt, append_entry.void_from, append_entry.body);
+      else
+        insert into pgchan.messages (channel_id, "position", at, kind, key, step, attempt, void_from, body)
+          values (append_entry.id, append_entry.head, append_entry.at, append_entry.kind, append_entry.key,
+                  append_entry.step, append_entry.attempt, append_entry.void_from, append_entry.body)
+          on conflict do nothing;
+      end if;
+      if found then
+        return;
+      end if;
+      -- The key is stored already. Nobody has seen the new head: the row is locked.
+      update pgchan.channels c set head = c.head - 1 where c.id = append_entry.id;
+    end if;
+  end if;
+  stored := pgchan.append(array[id], null, null, array[fence], null, null, array[inbox], null, null, array[kind],
+                          case when key is not null then array[key] end, array[step], array[attempt],
+                          array[void_from], array[body], lock_wait);
+  head := stored.heads[1];
+  outcome := stored.outcomes[1];
+  "position" := coalesce(stored.positions[1], stored.bases[1] + 1);
+  at := case when stored.positions is null then stored.at else stored.ats[1] end;
+end $$;
+
+-- `append_entry` for those who may publish and nothing else. Raises PC001 for a key that is not legal.
+create or replace function pgchan.append_message(
+  id bigint, key text, body bytea, lock_wait integer default null,
+  out head bigint, out outcome text, out "position" bigint, out at timestamptz)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  stored record;
+begin
+  if key is not null then
+    perform pgchan.check_key(key);
+  end if;
+  stored := pgchan.append_entry(id, null, null, 0::smallint, key, null, null, null, body, lock_wait);
+  head := stored.head;
+  outcome := stored.outcome;
+  "position" := stored."position";
+  at := stored.at;
+end $$;
+
 -- `append`, durable, then announced. What the writer of a worker calls.
 create or replace procedure pgchan.write(
   ids bigint[], names text[], types text[], fences bigint[], owners bigint[], counts integer[], inboxes bigint[],
@@ -341,6 +398,41 @@ begin
   ats := stored.ats;
   commit;
   told := pgchan.wake_written(channel_ids, owners, heads, stored.created) is null;
+end $$;
+
+-- The same for one entry to a known channel: `append_message`, durable, then announced.
+create or replace procedure pgchan.write_message(
+  id bigint, key text, body bytea, lock_wait integer, inout outcome text, inout "position" bigint, inout at timestamptz)
+language plpgsql as $$
+#variable_conflict use_variable
+declare
+  stored record;
+  told boolean;
+begin
+  stored := pgchan.append_message(id, key, body, lock_wait);
+  outcome := stored.outcome;
+  "position" := stored."position";
+  at := stored.at;
+  commit;
+  told := pgchan.wake(array[id], array[stored.head]) is null;
+end $$;
+
+-- And `append_entry`, of a worker: owner is that of `append`, which tells a journal.
+create or replace procedure pgchan.write_entry(
+  id bigint, fence bigint, owner bigint, inbox bigint, kind smallint, key text, step text, attempt integer,
+  void_from bigint, body bytea, lock_wait integer, inout outcome text, inout "position" bigint, inout at timestamptz)
+language plpgsql as $$
+#variable_conflict use_variable
+declare
+  stored record;
+  told boolean;
+begin
+  stored := pgchan.append_entry(id, fence, inbox, kind, key, step, attempt, void_from, body, lock_wait);
+  outcome := stored.outcome;
+  "position" := stored."position";
+  at := stored.at;
+  commit;
+  told := pgchan.wake_written(array[id], array[owner], array[stored.head], false) is null;
 end $$;
 
 -- Whether a body is one JSON string, as it may be joined to others at its quotation marks. Not one with the half of a
@@ -1075,6 +1167,14 @@ begin
   perform pgchan.wake(runs, heads, false, ready);
 end $$;
 
+-- One entry to one channel that the caller has locked and knows to be open. For this file's own control messages.
+create or replace function pgchan.append_one(channel bigint, kind integer, key text, step text, body bytea) returns bigint
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  select a.head from pgchan.append_entry(
+    channel, (select c.epoch from pgchan.channels c where c.id = channel), null, kind::smallint, key, step, null, null,
+    body) a
+$$;
+
 -- Let a run leave memory until a signal, a child's end or wake_at. False if something that it waits for has already
 -- happened: a signal past `seen`, the end of one of the children. The row lock puts this in order with `deliver`.
 create or replace function pgchan.suspend(run bigint, epoch bigint, wake_at timestamptz, seen bigint, children text[])
@@ -1155,13 +1255,11 @@ begin
     return;
   end if;
   channel_id := target.channel_id;
-  select * into stored from pgchan.append(
-    array[target.channel_id], null, null, null, null, null, null,
-    null, null, array[1::smallint], array[key], null, null, null, array[body]) a;
-  outcome := stored.outcomes[1];
-  "position" := coalesce(stored.positions[1], stored.bases[1] + 1);
-  at := coalesce(stored.ats[1], stored.at);
-  head := stored.heads[1];
+  stored := pgchan.append_entry(target.channel_id, null, null, 1::smallint, key, null, null, null, body);
+  outcome := stored.outcome;
+  "position" := stored."position";
+  at := stored.at;
+  head := stored.head;
   if outcome = 'appended' and target.state = 'waiting' then
     update pgchan.runs r set state = 'scheduled', wake_at = null where r.channel_id = target.channel_id;
     ready := target.queue;
@@ -1379,7 +1477,8 @@ begin
   -- A publisher writes messages, starts runs, signals and cancels them; it reads nothing.
   grant execute on routine
     pgchan.publish, pgchan.start, pgchan.signal, pgchan.cancel,        -- in SQL
-    pgchan.append_messages, pgchan.write_messages, pgchan.find_channel, pgchan.create_channel, pgchan.close_channel,
+    pgchan.append_messages, pgchan.write_messages, pgchan.append_message, pgchan.write_message,
+    pgchan.find_channel, pgchan.create_channel, pgchan.close_channel,
     pgchan.enqueue, pgchan.call_enqueue, pgchan.try_enqueue_many, pgchan.call_enqueue_many,
     pgchan.deliver, pgchan.call_deliver, pgchan.try_deliver_many, pgchan.call_deliver_many, pgchan.wake
     to pgchan_publisher, pgchan_worker, pgchan_admin;
@@ -1400,7 +1499,8 @@ begin
 
   -- A worker does both and executes runs. `upkeep` removes only what has outlived the time that an administrator gave it.
   grant execute on routine
-    pgchan.append, pgchan.write, pgchan.wake_written, pgchan.claim, pgchan.suspend, pgchan.finish, pgchan.call_finish,
+    pgchan.append, pgchan.write, pgchan.append_entry, pgchan.write_entry, pgchan.wake_written,
+    pgchan.claim, pgchan.suspend, pgchan.finish, pgchan.call_finish,
     pgchan.try_finish_many, pgchan.call_finish_many, pgchan.continue_run,
     pgchan.release, pgchan.upkeep, pgchan.expire,
     pgchan.new_worker, pgchan.register, pgchan.come_back, pgchan.leave, pgchan.reap,
