@@ -27,8 +27,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pgchan import sql
-from pgchan.db import MESSAGE, Entry, Outcome, Row
+from pgchan.db import Entry, Outcome, Row
 from pgchan.errors import Error
+from pgchan.model import MESSAGE
 from pgchan.names import PAGE_BYTES_MAX, PAGE_MESSAGES_MAX
 
 BATCH_ENTRIES_MAX = PAGE_MESSAGES_MAX  # a batch takes milliseconds; more gains nothing [benchmarks/floors.py]
