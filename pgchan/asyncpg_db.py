@@ -664,9 +664,9 @@ class Writer:
             await asyncio.sleep(db.backoff(1))
         elif isinstance(error, errors.Indefinite):
             await self._resolve(batch)
-        elif len(batch.queued) == 1:
+        elif not batch.may_go_singly(error):
             _settle_all(batch.queued, error)
-        else:  # one entry that the server refuses must not take the others along: each goes alone
+        else:
             for queued in batch.queued:
                 alone = Batch()
                 alone.add(queued)

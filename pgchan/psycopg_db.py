@@ -503,6 +503,12 @@ class _Writer:
     def _failed(self, batch: Batch, error: errors.Error) -> None:
         if isinstance(error, errors.Unavailable | errors.Indefinite):
             self._drop()  # whatever is wrong with it, e.g. it is not the primary any more
+        if batch.may_go_singly(error):
+            for queued in batch.queued:
+                alone = Batch()
+                alone.add(queued)
+                self._send_alone(alone)
+            return
         again: list[Queued] = []
         now = time.monotonic()
         for queued in batch.queued:
@@ -512,16 +518,8 @@ class _Writer:
             )
             if retry and queued.deadline > now:
                 again.append(queued)
-            elif len(batch.queued) > 1 and not isinstance(error, errors.Unavailable | errors.Indefinite):
-                again.append(queued)  # one entry that the server refuses must not take the others along
             else:
                 queued.settle(queued.entry, error)
-        if again and not isinstance(error, errors.Unavailable | errors.Indefinite):
-            for queued in again:
-                alone = Batch()
-                alone.add(queued)
-                self._send_alone(alone)
-            return
         with self._lock:
             self._waiting.put_back(again)
         if again:

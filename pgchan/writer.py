@@ -28,7 +28,7 @@ from typing import Any
 
 from pgchan import sql
 from pgchan.db import Entry, Outcome, Row
-from pgchan.errors import Error
+from pgchan.errors import Error, Indefinite, SchemaMismatch, Unavailable
 from pgchan.model import MESSAGE
 from pgchan.names import PAGE_BYTES_MAX, PAGE_MESSAGES_MAX
 
@@ -76,6 +76,7 @@ class Batch:
         self._nths: list[int] = []
         self._size = 0
         self.lock_wait = LOCK_WAIT_MS
+        self.in_values = False  # whether a lone entry goes by the call that takes plain values, not arrays
 
     def add(self, queued: Queued) -> bool:
         """Take an entry along; False if this batch cannot. An empty one takes any."""
@@ -124,6 +125,13 @@ class Batch:
         self._size += len(entry.body)
         self.queued.append(queued)
 
+    def may_go_singly(self, error: Error) -> bool:
+        """Whether entries that the server has refused should be tried again, each in a batch of its own: what is wrong
+        with one must not take the others along. A schema that was downgraded since has no call for one entry."""
+        if isinstance(error, Unavailable | Indefinite):
+            return False
+        return len(self.queued) > 1 or (self.in_values and isinstance(error, SchemaMismatch))
+
     @property
     def holds_record(self) -> bool:
         """Whether it records a step: an entry with a key in a journal, the channel that is its own owner."""
@@ -161,7 +169,7 @@ class Batch:
 
     def call(self, lock_wait: int) -> tuple[str, tuple[object, ...]]:
         """The call that writes this batch, in a transaction of its own, and its arguments."""
-        if len(self.queued) == 1 and self.queued[0].entry.channel_id is not None:
+        if self.in_values and len(self.queued) == 1 and self.queued[0].entry.channel_id is not None:
             return _call_one(self.queued[0].entry, lock_wait)
         arguments = self.arguments()
         messages = _messages(arguments)
@@ -271,6 +279,7 @@ class Waiting:
     def take(self, now: float = 0.0) -> Batch | None:
         """The next batch; None if nothing waits, or all that does is set aside."""
         batch = Batch()
+        batch.in_values = True
         if not self._aside:
             while self._queued and batch.add_together(together := self._first()):
                 self._remove(together)

@@ -940,54 +940,77 @@ set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as
 declare
   one text;
   picked bigint[] := '{}';
+  owned bigint[] := '{}';  -- the channels of these runs
   taken bigint[];
+  theirs bigint[];
+  free integer;
   moment timestamptz := clock_timestamp();  -- no index serves a comparison with the function itself
+  is_due boolean := coalesce((select min(r.wake_at) from pgchan.runs r
+                              where r.wake_at is not null and r.state in ('scheduled', 'waiting')) <= moment, false);
 begin
   -- A wakeup reaches every worker of a queue. Those that come too late lock nothing, so they have nothing to commit.
   -- Each look is for the first in the order of an index, else a planner that expects many reads the table for one.
-  if not exists (select from unnest(queues) q (name) cross join lateral (
-                   select from pgchan.runs r
-                   where r.state = 'scheduled' and r.wake_at is null
-                     and r.queue = q.name and r.workflow = any (claim.workflows)
-                   order by r.priority desc, r.created_at limit 1) f)
-     and coalesce((select min(r.wake_at) from pgchan.runs r
-                   where r.wake_at is not null and r.state in ('scheduled', 'waiting')) > moment, true) then
+  if not is_due and not exists (select from unnest(queues) q (name) cross join lateral (
+                                  select from pgchan.runs r
+                                  where r.state = 'scheduled' and r.wake_at is null
+                                    and r.queue = q.name and r.workflow = any (claim.workflows)
+                                  order by r.priority desc, r.created_at limit 1) f) then
     return;
   end if;
-  perform pgchan.force_durability();
+  if current_setting('synchronous_commit') in ('off', 'local', 'remote_write') then
+    perform set_config('synchronous_commit', 'on', true);  -- force_durability, without the call
+  end if;
   perform from pgchan.workers w where w.id = claim.worker for key share;
   if not found then
     return;
   end if;
-  -- Timers that are due become ready. `wake_at is null` is what makes the next run of a queue one index look-up, however
-  -- many runs are asleep.
-  update pgchan.runs r set state = 'scheduled', wake_at = null
-    where r.channel_id in (
-      select d.channel_id from pgchan.runs d
-      where d.wake_at <= moment and d.state in ('scheduled', 'waiting')
-      order by d.wake_at limit 1000 for no key update skip locked);
+  if is_due then
+    -- Timers that are due become ready. `wake_at is null` is what makes the next run of a queue one index look-up,
+    -- however many runs are asleep.
+    update pgchan.runs r set state = 'scheduled', wake_at = null
+      where r.channel_id in (
+        select d.channel_id from pgchan.runs d
+        where d.wake_at <= moment and d.state in ('scheduled', 'waiting')
+        order by d.wake_at limit 1000 for no key update skip locked);
+  end if;
   foreach one in array queues loop  -- queue by queue: `= any` would lose the order of the index
-    select array_agg(p.channel_id) into taken from (
-      select r.channel_id from pgchan.runs r
+    select array_agg(p.channel_id), array_agg(p.journal_id) into taken, theirs from (
+      select r.channel_id, r.journal_id from pgchan.runs r
       where r.state = 'scheduled' and r.wake_at is null and r.queue = one and r.workflow = any (claim.workflows)
       order by r.priority desc, r.created_at limit most - cardinality(picked) for no key update skip locked) p;
     picked := picked || coalesce(taken, '{}');
+    owned := owned || coalesce(taken || theirs, '{}');
     exit when cardinality(picked) >= most;
   end loop;
-  picked := pgchan.lock_runs(picked, 50);
   if cardinality(picked) = 0 then
     return;
   end if;
-  perform pgchan.supersede(picked);
-  -- The heads tell whether there is anything to load. They are read here and not by the calling statement: its snapshot
-  -- is older than this claim, so it would miss what was written since, or even the channel of a run just started.
+  -- Mostly nobody has their channels. If somebody does, what is locked by now stays so while the rest is waited for, out
+  -- of the order of ids: two that wait for each other part when lock_wait is over.
+  perform from pgchan.channels c where c.id = any (owned) order by c.id for no key update skip locked;
+  get diagnostics free = row_count;
+  if free < cardinality(owned) then
+    picked := pgchan.lock_runs(picked, 50);
+  end if;
+  -- What `supersede` does, and more, so that a row of runs or channels is read and written once. The heads tell whether
+  -- there is anything to load. They are read here and not by the calling statement: its snapshot is older than this
+  -- claim, so it would miss what was written since, or even the channel of a run just started.
   return query
-    update pgchan.runs r set state = 'running', worker = claim.worker, attempt = r.attempt + 1,
-                             started_at = coalesce(r.started_at, clock_timestamp())
-    from pgchan.channels c, pgchan.channels j
-    where r.channel_id = any (picked) and c.id = r.channel_id and j.id = r.journal_id
-    returning r.channel_id, c.name, r.journal_id, r.workflow, r.input, r.attempt, c.epoch, r.speaks_from, r.deadline,
-              c.head, j.head, clock_timestamp();
+    with moved as (
+      update pgchan.runs r set state = 'running', worker = claim.worker, attempt = r.attempt + 1,
+                               started_at = coalesce(r.started_at, clock_timestamp())
+      where r.channel_id = any (picked)
+      returning r.channel_id, r.journal_id, r.workflow, r.input, r.attempt, r.speaks_from, r.deadline
+    ), claimed as materialized (
+      select m.*, o.name, o.head, j.head as journal_head,
+             greatest(o.epoch, j.epoch) + 1 + floor(random() * (1 << 20))::bigint as epoch
+      from moved m join pgchan.channels o on o.id = m.channel_id join pgchan.channels j on j.id = m.journal_id
+    ), superseded as (
+      update pgchan.channels c set epoch = d.epoch from claimed d where c.id in (d.channel_id, d.journal_id)
+    )
+    select d.channel_id, d.name, d.journal_id, d.workflow, d.input, d.attempt, d.epoch, d.speaks_from, d.deadline,
+           d.head, d.journal_head, clock_timestamp()
+    from claimed d;
 end $$;
 
 -- Raise the epochs of these runs' channels, both to the same number: whoever owned them can write no more. The caller
