@@ -1191,11 +1191,15 @@ create function pgchan.enqueue(
   run text, workflow text, version text, queue text, priority integer, delay double precision, timeout double precision,
   input bytea, parent bigint,
   out outcome text, out ready text)
-language sql security definer set search_path = pg_catalog, pg_temp as $$
-  select e.outcomes[1], e.ready[1]
-  from pgchan.enqueue_many(array[run], array[workflow], array[version], array[queue], array[priority], array[delay],
-                           array[timeout], array[input], array[parent]) e
-$$;
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  started record;
+begin
+  started := pgchan.enqueue_many(array[run], array[workflow], array[version], array[queue], array[priority],
+                                 array[delay], array[timeout], array[input], array[parent]);
+  outcome := started.outcomes[1];
+  ready := started.ready[1];
+end $$;
 
 -- `enqueue`, durable, then announced.
 create procedure pgchan.call_enqueue(
@@ -1203,11 +1207,15 @@ create procedure pgchan.call_enqueue(
   input bytea, parent bigint, inout outcome text, inout ready text)
 language plpgsql as $$
 #variable_conflict use_variable
+declare
+  started record;
+  told boolean;
 begin
-  select e.outcome, e.ready into outcome, ready
-    from pgchan.enqueue(run, workflow, version, queue, priority, delay, timeout, input, parent) e;
+  started := pgchan.enqueue(run, workflow, version, queue, priority, delay, timeout, input, parent);
+  outcome := started.outcome;
+  ready := started.ready;
   commit;
-  perform pgchan.wake(null, null, true, array[ready]);
+  told := pgchan.wake(null, null, true, array[ready]) is null;
 end $$;
 
 -- `enqueue_many`, if each lock that it needs is free within lock_wait ms; else all outcomes are locked, and nothing is done.
@@ -1233,13 +1241,14 @@ create procedure pgchan.call_enqueue_many(
 language plpgsql as $$
 #variable_conflict use_variable
 declare
-  ready text[];
+  started record;
+  told boolean;
 begin
-  select e.outcomes, e.ready into outcomes, ready
-    from pgchan.try_enqueue_many(runs, workflows, versions, queues, priorities, delays, timeouts, inputs, parents,
-                                 lock_wait) e;
+  started := pgchan.try_enqueue_many(runs, workflows, versions, queues, priorities, delays, timeouts, inputs, parents,
+                                     lock_wait);
+  outcomes := started.outcomes;
   commit;
-  perform pgchan.wake(null, null, true, ready);
+  told := pgchan.wake(null, null, true, started.ready) is null;
 end $$;
 
 -- Hand ready runs of these queues and workflows to a worker, in order of priority and age, and raise the epoch of both
@@ -1421,10 +1430,14 @@ end $$;
 -- One of them.
 create function pgchan.finish(
   run bigint, epoch bigint, state text, result bytea, error bytea, out outcome text, out ready text)
-language sql security definer set search_path = pg_catalog, pg_temp as $$
-  select f.outcomes[1], f.ready[1]
-  from pgchan.finish_many(array[run], array[epoch], array[state], array[result], array[error]) f
-$$;
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  ended record;
+begin
+  ended := pgchan.finish_many(array[run], array[epoch], array[state], array[result], array[error]);
+  outcome := ended.outcomes[1];
+  ready := ended.ready[1];
+end $$;
 
 -- What `finish_many` and `cancel` have in common, once they hold the families. Runs that are null are passed over. Returns
 -- the queues of parents that wait.
@@ -1504,10 +1517,15 @@ create procedure pgchan.call_finish(
   run bigint, epoch bigint, state text, result bytea, error bytea, inout outcome text, inout ready text)
 language plpgsql as $$
 #variable_conflict use_variable
+declare
+  ended record;
+  told boolean;
 begin
-  select f.outcome, f.ready into outcome, ready from pgchan.finish(run, epoch, state, result, error) f;
+  ended := pgchan.finish(run, epoch, state, result, error);
+  outcome := ended.outcome;
+  ready := ended.ready;
   commit;
-  perform pgchan.wake(array[run], array[-1], false, array[ready]);
+  told := pgchan.wake(array[run], array[-1], false, array[ready]) is null;
 end $$;
 
 -- `finish_many`, if each lock that it needs is free within lock_wait ms; else all outcomes are locked, and nothing is done.
@@ -1533,13 +1551,13 @@ create procedure pgchan.call_finish_many(
 language plpgsql as $$
 #variable_conflict use_variable
 declare
-  heads bigint[];
-  ready text[];
+  ended record;
+  told boolean;
 begin
-  select f.outcomes, f.heads, f.ready into outcomes, heads, ready
-    from pgchan.try_finish_many(runs, epochs, states, results, errors, lock_wait) f;
+  ended := pgchan.try_finish_many(runs, epochs, states, results, errors, lock_wait);
+  outcomes := ended.outcomes;
   commit;
-  perform pgchan.wake(runs, heads, false, ready);
+  told := pgchan.wake(runs, ended.heads, false, ended.ready) is null;
 end $$;
 
 -- The signals of a run that nobody has consumed, in order. Consumption is a control message with a key of its own, so a
@@ -1662,11 +1680,19 @@ create procedure pgchan.call_deliver(
   inout at timestamptz, inout head bigint, inout ready text)
 language plpgsql as $$
 #variable_conflict use_variable
+declare
+  delivered record;
+  told boolean;
 begin
-  select d.outcome, d.channel_id, d."position", d.at, d.head, d.ready
-    into outcome, channel_id, "position", at, head, ready from pgchan.deliver(run, body, key) d;
+  delivered := pgchan.deliver(run, body, key);
+  outcome := delivered.outcome;
+  channel_id := delivered.channel_id;
+  "position" := delivered."position";
+  at := delivered.at;
+  head := delivered.head;
+  ready := delivered.ready;
   commit;
-  perform pgchan.wake(array[channel_id], array[head], false, array[ready]);
+  told := pgchan.wake(array[channel_id], array[head], false, array[ready]) is null;
 end $$;
 
 -- `deliver`, several times, in this order; a run may be given more than once. The answers are arrays; heads for `wake`.

@@ -445,6 +445,19 @@ begin
   ready := case when delay is null then queue end;
 end $$;
 
+-- `enqueue`, durable, then announced.
+create or replace procedure pgchan.call_enqueue(
+  run text, workflow text, version text, queue text, priority integer, delay double precision, timeout double precision,
+  input bytea, parent bigint, inout outcome text, inout ready text)
+language plpgsql as $$
+#variable_conflict use_variable
+begin
+  select e.outcome, e.ready into outcome, ready
+    from pgchan.enqueue(run, workflow, version, queue, priority, delay, timeout, input, parent) e;
+  commit;
+  perform pgchan.wake(null, null, true, array[ready]);
+end $$;
+
 -- Hand ready runs of these queues and workflows to a worker, in order of priority and age, and raise the epoch of both
 -- their channels: from this commit on no earlier owner can write. Nothing for a worker that was reaped: its row is
 -- locked against deletion until this commits, so a reaper either sees these runs or stops this claim.
@@ -577,6 +590,17 @@ begin
   return ready;
 end $$;
 
+-- `finish`, durable, then announced.
+create or replace procedure pgchan.call_finish(
+  run bigint, epoch bigint, state text, result bytea, error bytea, inout outcome text, inout ready text)
+language plpgsql as $$
+#variable_conflict use_variable
+begin
+  select f.outcome, f.ready into outcome, ready from pgchan.finish(run, epoch, state, result, error) f;
+  commit;
+  perform pgchan.wake(array[run], array[-1], false, array[ready]);
+end $$;
+
 -- One entry to one channel that the caller has locked and knows to be open. For this file's own control messages.
 create or replace function pgchan.append_one(channel bigint, kind integer, key text, step text, body bytea) returns bigint
 language sql security definer set search_path = pg_catalog, pg_temp as $$
@@ -672,6 +696,19 @@ begin
   elsif outcome = 'appended' and target.state = 'scheduled' and target.wake_at is null then
     ready := target.queue;  -- a claim that met the lock on its row has passed over it, and must come again
   end if;
+end $$;
+
+-- `deliver`, durable, then announced.
+create or replace procedure pgchan.call_deliver(
+  run text, body bytea, key text, inout outcome text, inout channel_id bigint, inout "position" bigint,
+  inout at timestamptz, inout head bigint, inout ready text)
+language plpgsql as $$
+#variable_conflict use_variable
+begin
+  select d.outcome, d.channel_id, d."position", d.at, d.head, d.ready
+    into outcome, channel_id, "position", at, head, ready from pgchan.deliver(run, body, key) d;
+  commit;
+  perform pgchan.wake(array[channel_id], array[head], false, array[ready]);
 end $$;
 
 -- Cancel a run: true from this commit on nothing more is recorded for it; false if it had ended; null if there is none.

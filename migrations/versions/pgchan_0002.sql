@@ -889,11 +889,32 @@ create or replace function pgchan.enqueue(
   run text, workflow text, version text, queue text, priority integer, delay double precision, timeout double precision,
   input bytea, parent bigint,
   out outcome text, out ready text)
-language sql security definer set search_path = pg_catalog, pg_temp as $$
-  select e.outcomes[1], e.ready[1]
-  from pgchan.enqueue_many(array[run], array[workflow], array[version], array[queue], array[priority], array[delay],
-                           array[timeout], array[input], array[parent]) e
-$$;
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  started record;
+begin
+  started := pgchan.enqueue_many(array[run], array[workflow], array[version], array[queue], array[priority],
+                                 array[delay], array[timeout], array[input], array[parent]);
+  outcome := started.outcomes[1];
+  ready := started.ready[1];
+end $$;
+
+-- `enqueue`, durable, then announced.
+create or replace procedure pgchan.call_enqueue(
+  run text, workflow text, version text, queue text, priority integer, delay double precision, timeout double precision,
+  input bytea, parent bigint, inout outcome text, inout ready text)
+language plpgsql as $$
+#variable_conflict use_variable
+declare
+  started record;
+  told boolean;
+begin
+  started := pgchan.enqueue(run, workflow, version, queue, priority, delay, timeout, input, parent);
+  outcome := started.outcome;
+  ready := started.ready;
+  commit;
+  told := pgchan.wake(null, null, true, array[ready]) is null;
+end $$;
 
 -- `enqueue_many`, if each lock that it needs is free within lock_wait ms; else all outcomes are locked, and nothing is done.
 create or replace function pgchan.try_enqueue_many(
@@ -918,13 +939,14 @@ create or replace procedure pgchan.call_enqueue_many(
 language plpgsql as $$
 #variable_conflict use_variable
 declare
-  ready text[];
+  started record;
+  told boolean;
 begin
-  select e.outcomes, e.ready into outcomes, ready
-    from pgchan.try_enqueue_many(runs, workflows, versions, queues, priorities, delays, timeouts, inputs, parents,
-                                 lock_wait) e;
+  started := pgchan.try_enqueue_many(runs, workflows, versions, queues, priorities, delays, timeouts, inputs, parents,
+                                     lock_wait);
+  outcomes := started.outcomes;
   commit;
-  perform pgchan.wake(null, null, true, ready);
+  told := pgchan.wake(null, null, true, started.ready) is null;
 end $$;
 
 -- Hand ready runs of these queues and workflows to a worker, in order of priority and age, and raise the epoch of both
@@ -1080,10 +1102,14 @@ end $$;
 -- One of them.
 create or replace function pgchan.finish(
   run bigint, epoch bigint, state text, result bytea, error bytea, out outcome text, out ready text)
-language sql security definer set search_path = pg_catalog, pg_temp as $$
-  select f.outcomes[1], f.ready[1]
-  from pgchan.finish_many(array[run], array[epoch], array[state], array[result], array[error]) f
-$$;
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  ended record;
+begin
+  ended := pgchan.finish_many(array[run], array[epoch], array[state], array[result], array[error]);
+  outcome := ended.outcomes[1];
+  ready := ended.ready[1];
+end $$;
 
 -- What `finish_many` and `cancel` have in common, once they hold the families. Runs that are null are passed over. Returns
 -- the queues of parents that wait.
@@ -1158,6 +1184,22 @@ language sql security definer set search_path = pg_catalog, pg_temp as $$
   select (pgchan.settle_many(array[run], array[state], array[result], array[error]))[1]
 $$;
 
+-- `finish`, durable, then announced.
+create or replace procedure pgchan.call_finish(
+  run bigint, epoch bigint, state text, result bytea, error bytea, inout outcome text, inout ready text)
+language plpgsql as $$
+#variable_conflict use_variable
+declare
+  ended record;
+  told boolean;
+begin
+  ended := pgchan.finish(run, epoch, state, result, error);
+  outcome := ended.outcome;
+  ready := ended.ready;
+  commit;
+  told := pgchan.wake(array[run], array[-1], false, array[ready]) is null;
+end $$;
+
 -- `finish_many`, if each lock that it needs is free within lock_wait ms; else all outcomes are locked, and nothing is done.
 -- heads: for `wake`.
 create or replace function pgchan.try_finish_many(
@@ -1181,13 +1223,13 @@ create or replace procedure pgchan.call_finish_many(
 language plpgsql as $$
 #variable_conflict use_variable
 declare
-  heads bigint[];
-  ready text[];
+  ended record;
+  told boolean;
 begin
-  select f.outcomes, f.heads, f.ready into outcomes, heads, ready
-    from pgchan.try_finish_many(runs, epochs, states, results, errors, lock_wait) f;
+  ended := pgchan.try_finish_many(runs, epochs, states, results, errors, lock_wait);
+  outcomes := ended.outcomes;
   commit;
-  perform pgchan.wake(runs, heads, false, ready);
+  told := pgchan.wake(runs, ended.heads, false, ended.ready) is null;
 end $$;
 
 -- One entry to one channel that the caller has locked and knows to be open. For this file's own control messages.
@@ -1289,6 +1331,27 @@ begin
   elsif outcome = 'appended' and target.state = 'scheduled' and target.wake_at is null then
     ready := target.queue;  -- a claim that met the lock on its row has passed over it, and must come again
   end if;
+end $$;
+
+-- `deliver`, durable, then announced.
+create or replace procedure pgchan.call_deliver(
+  run text, body bytea, key text, inout outcome text, inout channel_id bigint, inout "position" bigint,
+  inout at timestamptz, inout head bigint, inout ready text)
+language plpgsql as $$
+#variable_conflict use_variable
+declare
+  delivered record;
+  told boolean;
+begin
+  delivered := pgchan.deliver(run, body, key);
+  outcome := delivered.outcome;
+  channel_id := delivered.channel_id;
+  "position" := delivered."position";
+  at := delivered.at;
+  head := delivered.head;
+  ready := delivered.ready;
+  commit;
+  told := pgchan.wake(array[channel_id], array[head], false, array[ready]) is null;
 end $$;
 
 -- `deliver`, several times, in this order; a run may be given more than once. The answers are arrays; heads for `wake`.
