@@ -502,7 +502,7 @@ begin
   head := stored.heads[1];
   outcome := stored.outcomes[1];
   "position" := coalesce(stored.positions[1], stored.bases[1] + 1);
-  at := case when stored.positions is null then stored.at else stored.ats[1] end;
+  at := case when "position" is not null then coalesce(stored.ats[1], stored.at) end;
 end $$;
 
 -- `append` for those who may publish and nothing else: messages without step, fence or kind, to channels that are not

@@ -52,7 +52,8 @@ begin
   for one in
     select a.pid from pg_stat_activity a
     where a.datname = current_database() and a.pid <> pg_backend_pid() and a.wait_event_type = 'Lock'
-      and (a.query like '%pgchan.call_finish%' or a.query like '%pgchan.write(%')
+      and (a.query like '%pgchan.call_finish%' or a.query like '%pgchan.write(%'
+           or a.query like '%pgchan.write_entry(%')
   loop
     begin
       perform pg_terminate_backend(one.pid);

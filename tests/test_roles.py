@@ -577,6 +577,10 @@ def test_nothing_of_the_caller_is_used_in_place_of_what_is_meant(
             f" array['1'::bytea], null, {nulls})"
         )[0]
         assert row[1] == [2]
+        ((hot,),) = run("select id from pgchan.find_channel('hot')")
+        assert run("call pgchan.write_message(%s, 'a', '1', 50, null, null, null)", hot)[0][:2] == ("appended", 3)
+        lone = "%s, null, null, null, 0::smallint, 'b', null, null, null, '1', 50"
+        assert run(f"call pgchan.write_entry({lone}, null, null, null)", hot)[0][:2] == ("appended", 4)
         begun = run("call pgchan.call_enqueue('e', 'w', null, 'q', 0, null, null, '{}', null, null, null)")
         assert begun[0][0] == "started"
         assert run("call pgchan.call_deliver('e', '1', null, null, null, null, null, null, null)")[0][0] == "appended"

@@ -161,3 +161,82 @@ async def test_the_runs_of_a_dead_worker_are_taken_as_their_channels_are_free(ds
         locking.commit()
         assert reaping.execute("select pgchan.reap(%s)", [worker]).fetchone() == (1,)
         assert reaping.execute(states).fetchall() == [("first", "scheduled"), ("second", "scheduled")]
+
+
+# Entries, each to a channel that is in another state, and what becomes of them.
+LONE: dict[str, tuple[dict[str, Any], str]] = {
+    "open": ({}, "appended"),
+    "open, with a new key": ({"key": "new"}, "appended"),
+    "keyed, the same": ({"key": "k"}, "repeated"),
+    "keyed, another body": ({"key": "k", "body": b"2"}, "conflict"),
+    "keyed, another kind": ({"key": "k", "kind": 1}, "conflict"),
+    "closed": ({}, "closed"),
+    "closed, the same": ({"key": "k"}, "repeated"),
+    "deleted": ({}, "missing"),
+    "locked": ({}, "locked"),
+    "owned": ({"fence": 7, "owner": 1, "step": "s", "attempt": 2, "key": "s", "inbox": 3}, "appended"),
+    "owned, output": ({"fence": 7, "owner": 1, "step": "s", "attempt": 2, "void_from": 1, "inbox": 3}, "appended"),
+    "owned by another": ({"fence": 6, "owner": 1, "step": "s", "attempt": 2, "key": "s"}, "fenced"),
+    "owned by another, the same": ({"fence": 6, "key": "k"}, "fenced"),
+    "pgchan:journal:x": ({}, "fenced"),
+}
+
+
+@pytest.mark.parametrize("case", LONE)
+def test_a_lone_entry_in_plain_values_does_what_it_does_in_arrays(case: str, dsn: str) -> None:
+    facts, expected = LONE[case]
+    name = case.partition(",")[0]
+    found = []
+    for in_values in (True, False):
+        with psycopg.connect(dsn, autocommit=True) as connection, psycopg.connect(dsn) as locking:
+            ((id,),) = connection.execute(
+                "insert into pgchan.channels (name, epoch, closed_at, head)"
+                " values (%s, 7, case when %s then now() end, 1) returning id", [name, name == "closed"],
+            ).fetchall()  # fmt: skip
+            connection.execute(
+                "insert into pgchan.messages (channel_id, position, at, kind, key, body)"
+                " values (%s, 1, now(), 0, 'k', '1')", [id],
+            )  # fmt: skip
+            if name == "deleted":
+                connection.execute("delete from pgchan.channels where id = %s", [id])
+            if name == "locked":
+                locking.execute("select from pgchan.channels where id = %s for update", [id])
+            entry = Entry(name, **{"body": b"1", "channel_id": id, **facts})
+            batch = Batch()
+            batch.in_values = in_values
+            batch.add(Queued(entry, None, 0.0))
+            statement, arguments = batch.call(20)
+            assert in_values == ("write_message(" in statement or "write_entry(" in statement)
+            with psycopg.RawCursor(connection) as cursor:
+                row = cursor.execute(statement, arguments).fetchone()  # type: ignore[arg-type]
+            assert row is not None
+            (outcome,) = batch.outcomes(row)
+            assert (outcome.at is None) == (outcome.position is None)
+            locking.rollback()
+            found.append((
+                outcome.word, outcome.position, outcome.channel_id == id, batch.heads(row) and batch.heads(row)[0][1:],
+                connection.execute("select head, inbox from pgchan.channels where id = %s", [id]).fetchall(),
+                connection.execute(
+                    "select position, kind, key, step, attempt, void_from, body from pgchan.messages"
+                    " where channel_id = %s order by position", [id],
+                ).fetchall(),
+            ))  # fmt: skip
+            connection.execute("delete from pgchan.messages where channel_id = %s", [id])
+            connection.execute("delete from pgchan.channels where id = %s", [id])
+    assert found[0] == found[1]
+    assert found[0][0] == expected
+
+
+def test_a_lone_entry_goes_in_arrays_where_the_schema_has_no_other_call() -> None:
+    waiting = Waiting()
+    waiting.put(queued("a", channel_id=1))
+    batch = waiting.take()
+    assert batch is not None
+    assert "write_message(" in batch.call(50)[0]
+    assert batch.may_go_singly(pgchan.SchemaMismatch("no such routine"))
+    assert not batch.may_go_singly(pgchan.Unavailable("gone"))
+    assert not batch.may_go_singly(pgchan.InvalidInput("a key"))
+    alone = Batch()
+    alone.add(batch.queued[0])
+    assert "write_messages(" in alone.call(50)[0]
+    assert not alone.may_go_singly(pgchan.SchemaMismatch("no such routine")), "or it would go round for ever"

@@ -353,7 +353,7 @@ begin
   head := stored.heads[1];
   outcome := stored.outcomes[1];
   "position" := coalesce(stored.positions[1], stored.bases[1] + 1);
-  at := case when stored.positions is null then stored.at else stored.ats[1] end;
+  at := case when "position" is not null then coalesce(stored.ats[1], stored.at) end;
 end $$;
 
 -- `append_entry` for those who may publish and nothing else. Raises PC001 for a key that is not legal.
