@@ -3,7 +3,8 @@
 How it works. A door has one connection for writing. Whatever has accumulated while a batch was on its way makes up
 the next one, which is sent as soon as the last is acknowledged: no timers, and under load the batches grow by
 themselves. A batch is one `call pgchan.write(…)`, or `write_messages` where it is what a publisher may write: atomic,
-one commit, one round trip, however many channels it touches.
+one commit, one round trip, however many channels it touches. A lone entry to a known channel goes by `write_entry` or
+`write_message`, which take plain values: with nobody else at work most of the time would go into arrays.
 
 Order is strictly that of arrival. Where an entry cannot go along (its channel is in the batch under another fence,
 its key is there already, a limit is reached) the batch ends before it. So a step's output never overtakes, nor is
