@@ -99,7 +99,7 @@ async def delivery(report: Report) -> None:
             return list(await readers["floor"].ask(MESSAGES))
 
         found = await interleave(report.arguments.rounds, ours=ours, floor=floor)
-        report.times("publish → tail in another process", found["ours"], found["floor"], at_most={50: 1.5, 99: 2.0})
+        report.times("publish → tail in another process", found["ours"], found["floor"], at_most={50: 1.15, 99: 1.5})
         for reader in readers.values():
             reader.kill()
 

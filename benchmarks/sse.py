@@ -28,6 +28,7 @@ from pgchan.benchmarks._common import FLOOR_READ, Pipe, Process, Report, due_tim
 from pgchan.server import Insecure, create_app
 
 READERS = 200
+MANY_READERS = 1_000  # of which each takes more than what the first brings with it
 BATCHES = 25  # per round
 INTERVAL_SECONDS = 0.06
 BATCH = 10  # messages that are published together
@@ -43,6 +44,18 @@ STALLED = 10  # several, for the allocator has moods
 STALLED_ROUNDS = 4  # before, beside and after them
 STALLED_LATE_MAX = 1.1
 STALLED_BYTES_MAX = 1 << 20
+
+MEMORY_BYTES_MAX = 50_000  # of the server, for each connection
+FLOOR_BATCH = """
+with moved as (
+  update floor.channels c set head = c.head + cardinality($2::bytea[]) where c.id = $1::bigint returning c.head
+), stored as (
+  insert into floor.messages (channel_id, "position", at, kind, body)
+  select $1::bigint, m.head - cardinality($2::bytea[]) + e.nth, clock_timestamp(), 0, e.body
+  from moved m, unnest($2::bytea[]) with ordinality e (body, nth)
+)
+select pg_notify('floor', m.head::text) from moved m
+"""
 
 _DUE = re.compile(rb'"due":(\d+)')
 
@@ -199,19 +212,22 @@ async def measure(report: Report) -> None:
             await channel.publish_many([{"due": due}] * BATCH)
 
         async def by_hand(due: int) -> None:
-            async with writing.transaction():
-                for _ in range(BATCH):
-                    await writing.fetchval("select floor.append($1, $2)", CHANNEL_ID, b'{"due":%d}' % due)
+            await writing.execute(FLOOR_BATCH, CHANNEL_ID, [b'{"due":%d}' % due] * BATCH)
 
         ports = [_free_port(), _free_port()]
         servers = [Process(serve_ours, report.dsn, ports[0]), Process(serve_floor, report.dsn, ports[1])]
         for server in servers:
             await server.answer()
+        empty = [server.memory() for server in servers]
         ours = Contestant(servers[0], await _connect(ports[0], f"/channels/{NAME}", count), publish)
         floor = Contestant(servers[1], await _connect(ports[1], "/", count), by_hand)
         rounds = max(3, report.arguments.rounds // 2)
         found = await interleave(rounds, ours=ours.round, floor=floor.round)
         _report(report, count, found)
+        each = [(server.memory() - before) / count for server, before in zip(servers, empty, strict=True)]
+        if count >= MANY_READERS:
+            report.figure(f"{count} readers: memory of the server for each", "B", each[0], floor=each[1],
+                          at_most=MEMORY_BYTES_MAX)  # fmt: skip
         await beside_a_stalled_reader(report, client, servers[0], ports[0])
         for server in servers:
             server.kill()

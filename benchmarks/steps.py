@@ -24,6 +24,8 @@ TASKS = (1, 8, 32, 256)
 SECONDS = 0.6  # of one variant in one round
 STEPS_PER_RUN = 10
 GROUPED_AT_LEAST = 8.0  # 32 tasks, against one
+BY_HAND_AT_LEAST = 0.25  # 32 tasks, against a group commit by hand
+COMMITS_AT_MOST = 2.5  # what a step of 32 at a time takes, in INSERTs that are alone
 RESULT = "x" * 58  # 60 bytes as JSON
 RAW = b'"' + RESULT.encode() + b'"'
 FLOOR_GROUP = """
@@ -37,6 +39,7 @@ FLOOR_END = "update floor.runs set state = 'succeeded' where id = $1::bigint"
 _places = itertools.count(1)
 _stop_at = 0.0
 _done = 0
+_took: list[float] = []  # each step, in µs
 
 
 async def result() -> str:
@@ -49,7 +52,9 @@ async def many(run: pgchan.Run) -> int:
     """Steps until the time is over; how many."""
     global _done
     while time.monotonic() < _stop_at:
+        began = time.perf_counter()
         await run.step(result)
+        _took.append((time.perf_counter() - began) * 1e6)
         _done += 1
     return 0
 
@@ -80,6 +85,8 @@ async def working(
 async def checkpoints(report: Report, client: pgchan.AsyncClient) -> None:
     """Steps per second of so many runs at a time."""
     connection = await asyncpg.connect(report.dsn)
+    took: dict[int, list[list[float]]] = {count: [] for count in TASKS}  # by tasks, of each round
+    alone: list[list[float]] = []
 
     async def ours(count: int) -> float:
         global _stop_at, _done
@@ -90,19 +97,23 @@ async def checkpoints(report: Report, client: pgchan.AsyncClient) -> None:
             while _done < count:  # noqa: ASYNC110 - until all of them are under way
                 await asyncio.sleep(0.005)
         began, _done = time.monotonic(), 0
+        _took.clear()
         _stop_at = began + SECONDS
         await asyncio.sleep(SECONDS)
         rate = _done / (time.monotonic() - began)
+        took[count].append(_took[:])
         for handle in handles:
             await handle.result(timeout=30)
         return rate
 
     async def one_by_one() -> float:
-        began, written = time.monotonic(), 0
+        began, late = time.monotonic(), list[float]()
         while time.monotonic() < began + SECONDS:
+            begun = time.perf_counter()
             await connection.execute(FLOOR_INSERT, 3, next(_places), RAW)
-            written += 1
-        return written / (time.monotonic() - began)
+            late.append((time.perf_counter() - begun) * 1e6)
+        alone.append(late)
+        return len(late) / (time.monotonic() - began)
 
     async def grouped(count: int) -> float:
         began, written = time.monotonic(), 0
@@ -122,8 +133,11 @@ async def checkpoints(report: Report, client: pgchan.AsyncClient) -> None:
         report.rates(name, "/s", found[f"ours{count}"], found["one"])
     for count in TASKS[1:]:
         name = f"steps, {count} runs at a time, against a group by hand"
-        report.rates(name, "/s", found[f"ours{count}"], found[f"grouped{count}"])
+        least = BY_HAND_AT_LEAST if count == 32 else None
+        report.rates(name, "/s", found[f"ours{count}"], found[f"grouped{count}"], at_least=least)
     report.rates("group commit: 32 runs against 1", "/s", found["ours32"], found["ours1"], at_least=GROUPED_AT_LEAST)
+    name = "a step, 32 runs at a time, against one INSERT"
+    report.times(name, took[32][1:], alone[1:], at_most={50: COMMITS_AT_MOST, 99: None})
     await connection.close()
 
 

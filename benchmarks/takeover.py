@@ -29,6 +29,7 @@ STOPS = 2
 LEASE_SECONDS = 2.0  # of the workers that are stopped
 CUTS = 5
 TAKEOVER_SECONDS_MAX = 2.0
+TAKEOVER_SECONDS_P50_MAX = 1.2  # a second of it is grace
 MANY = 1_000  # runs, held by one worker, and taken over by another
 MANY_SECONDS_MAX = 5.0
 SPEAK_SECONDS = 0.005  # between two messages of the step whose connection is cut
@@ -216,10 +217,8 @@ async def measure(report: Report) -> None:
     """All of it."""
     async with pgchan.AsyncClient(report.dsn, name="takeover") as client:
         killed = await takeovers(report, client, number=report.arguments.kills, lease=10.0, how=signal.SIGKILL)
-        for q in (50, 99):
-            report.figure(
-                f"kill -9 until the step runs elsewhere, p{q}", "s", percentile(killed, q), at_most=TAKEOVER_SECONDS_MAX
-            )
+        for q, most in ((50, TAKEOVER_SECONDS_P50_MAX), (99, TAKEOVER_SECONDS_MAX)):
+            report.figure(f"kill -9 until the step runs elsewhere, p{q}", "s", percentile(killed, q), at_most=most)
         report.figure("kill -9 until the step runs elsewhere, worst", "s", max(killed), at_most=TAKEOVER_SECONDS_MAX)
         stopped = await takeovers(report, client, number=STOPS, lease=LEASE_SECONDS, how=signal.SIGSTOP)
         report.figure(

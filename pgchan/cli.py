@@ -215,7 +215,7 @@ def bench(dsn: str | None, questions: tuple[str, ...], rounds: int, json_path: s
 
     Runs in databases of its own that it makes and drops, so the role must be allowed to create databases. QUESTION is
     one of floors, latency and steps, which are the default, cost and notify (which take a superuser), growth, peers,
-    sse, start, takeover and tokens.
+    soak, sse, start, takeover and tokens.
     """
     from pgchan import bench as program
 

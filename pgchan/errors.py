@@ -195,7 +195,7 @@ class Fatal(Exception):
 
 
 class RetryAfter(Exception):
-    """Raise this in a step to try it again after `seconds`, if its Retry has attempts left."""
+    """Raise this in a step to try it again after `seconds`, if its Retry has attempts left (without one: of three)."""
 
     def __init__(self, seconds: float, message: str = "") -> None:
         super().__init__(message or f"retry after {seconds:g} s")

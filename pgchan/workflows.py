@@ -28,7 +28,7 @@ DEFAULT_QUEUE = "default"
 class Workflow(Generic[P, R]):
     """A function that runs can execute, as `@pgchan.workflow` makes it. Calling it calls the function, as in a test.
 
-    name: what runs are started by, unique among a worker's workflows. version: recorded with nothing yet but shown.
+    name: what runs are started by, unique among a worker's workflows. version: stored with its runs.
     retry: default for its steps. timeout: seconds from start to end of a run. queue: where its runs wait.
     """
 
@@ -111,7 +111,7 @@ def workflow(
 def workflow(fn: Callable[P, R] | None = None, /, **options: Any) -> Any:
     """Declare a workflow: a function whose first parameter is the run; `async def` or `def`.
 
-    name: default the function's. version: shown with its runs. retry: default of its steps. timeout: seconds a run may
+    name: default the function's. version: stored with its runs. retry: default of its steps. timeout: seconds a run may
     take from its start. queue: where its runs wait, default "default".
 
         @pgchan.workflow
