@@ -41,9 +41,9 @@ delete from pgchan.messages m using pgchan.removed r where m.channel_id = r.chan
 
 # Statements that come last on the way down, when the calls that came meanwhile wait for its tables.
 PARTING = """
--- What a worker writes that waits here began with the text of pgchan_0002, which calls what is gone now, and workers of
--- 0.1.0 take what the server says then for the failure of their run. With their connection cut they ask again. Who may
--- not cut it can only hope.
+-- What a worker writes, starts, signals or ends that waits here began with the text of pgchan_0002, which calls what is
+-- gone now, and workers of 0.1.0 take what the server says then for the failure of their run. With their connection cut
+-- they ask again. Who may not cut it can only hope.
 do $$
 declare
   one record;
@@ -52,8 +52,7 @@ begin
   for one in
     select a.pid from pg_stat_activity a
     where a.datname = current_database() and a.pid <> pg_backend_pid() and a.wait_event_type = 'Lock'
-      and (a.query like '%pgchan.call_finish%' or a.query like '%pgchan.write(%'
-           or a.query like '%pgchan.write_entry(%')
+      and (a.query like '%pgchan.call_%' or a.query like '%pgchan.write(%')
   loop
     begin
       perform pg_terminate_backend(one.pid);

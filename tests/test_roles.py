@@ -47,7 +47,7 @@ ROUTINES = {
     },
     READS: {"read", "status", "as_json", "ping", "take_probe", "free_probe"},
     WORKS: {
-        "append", "write", "append_entry", "write_entry", "wake_written", "claim", "suspend", "finish", "call_finish",
+        "append", "write", "append_entry", "write_entry", "announced", "claim", "suspend", "finish", "call_finish",
         "try_finish_many", "call_finish_many", "continue_run", "release", "upkeep", "expire",
         "new_worker", "register", "come_back", "leave", "reap", "take_lock", "await_lock", "free_lock", "free_locks",
     },
@@ -316,6 +316,9 @@ FORGERIES = {
     "a key that marks a signal as consumed": (
         "select pgchan.append_messages('{null}', '{chat}', '{application/json}', null, null, null, null,"
         " '{pgchan:consumed:1}', array['1'::bytea])", "PC001"),
+    "the same where it is alone": (
+        "select pgchan.append_message((select id from pgchan.find_channel('chat')), 'pgchan:consumed:1', '1')",
+        "PC001"),
     "the same by a signal": ("select pgchan.deliver('scheduled', '1', 'pgchan:consumed:1')", "PC001"),
     "a run on another run's journal": (
         "select pgchan.enqueue((select 'pgchan:journal:' || 4), 'w', null, 'q', 0, null, null, '{}', null)", "PC001"),
@@ -349,7 +352,11 @@ def test_a_publisher_cannot_write_into_a_journal_by_its_id(dsn: str, logins: Log
             "array[%s::bigint], null, null, null, null, null, null, %s::text[], array[%s::bytea])",
             [journal, keys, RECORD],
         ).fetchone()
+        alone = connection.execute(
+            "select outcome, head from pgchan.append_message(%s, (%s::text[])[1], %s)", [journal, keys, RECORD]
+        ).fetchone()
     assert found is not None and found[0] == ["fenced"]
+    assert alone == ("fenced", None)
     assert query(dsn, "select head from pgchan.channels where id = %s", journal) == [(head,)]
 
 

@@ -293,7 +293,51 @@ CALLS_OF_WORKERS = {
     "a record": "call pgchan.write('{{{journal}}}', null, null, '{{0}}', '{{{journal}}}', '{{1}}', null, '{{1}}', "
                 "'{{1}}', '{{0}}', '{{step}}', '{{step}}', '{{1}}', null, array['1'::bytea], 50, "
                 "null, null, null, null, null, null, null)",
+    "a signal": "call pgchan.call_deliver('r', '1', 'k', null, null, null, null, null, null)",
+    "a start": "call pgchan.call_enqueue('r2', 'w', null, 'q', 0, null, null, '{{}}', null, null, null)",
 }  # fmt: skip
+# What a newer worker says, by the batch and by itself, and how it hears that this was not done. A routine that was
+# dropped while it ran cannot return: to the client that is a doubt, and it looks for what it wrote.
+WRITES_OF_WORKERS: dict[str, tuple[str, str]] = {
+    "output": ("call pgchan.write('{{{run},{journal}}}', null, null, '{{0,0}}', '{{{journal},{journal}}}', '{{1,1}}', "
+              "null, '{{1,2}}', '{{1,1}}', '{{0,0}}', null, '{{step,step}}', '{{1,1}}', null, "
+               "array['1','2']::bytea[], 50, null, null, null, null, null, null, null)", "42883"),
+    "lone output": ("call pgchan.write_entry({run}, 0, {journal}, null, 0::smallint, null, 'step', 1, null, '1', 50, "
+                    "null, null, null)", "XX000"),
+}  # fmt: skip
+
+
+async def under_a_downgrade(dsn: str, wait_until: Any, call: str, *, parting: bool) -> tuple[BaseException | None, int]:
+    """What became of a call that a run's worker has sent while a downgrade had the tables, and how many messages there
+    are then. Without parting: the migrating role may not end other roles' sessions."""
+    down = statements.split((VERSIONS / f"{REVISION}.down.sql").read_text("utf-8"))
+    assert "pg_terminate_backend" in down[-1]
+
+    def send() -> BaseException | None:
+        with psycopg.connect(dsn, autocommit=True) as other:
+            try:
+                other.execute(call.encode())
+            except psycopg.Error as error:
+                return error
+        return None
+
+    with psycopg.connect(dsn, autocommit=True) as connection, connection.transaction():
+        connection.execute(down[0].encode())  # the locks
+        sending = asyncio.create_task(asyncio.to_thread(send))
+        await wait_until(lambda: query(
+            dsn, "select 1 from pg_locks l join pg_database d on d.oid = l.database "
+                 "where d.datname = current_database() and not l.granted"))  # fmt: skip
+        for statement in down[1:] if parting else down[1:-1]:
+            connection.execute(statement.encode())
+    error = await sending
+    return error, int(query(dsn, "select count(*) from pgchan.messages")[0][0])
+
+
+def begun(dsn: str, call: str) -> str:
+    """A call, of a run that has just been started."""
+    query(dsn, "select pgchan.start('squares', '[]', 'r')")
+    ((run, journal),) = query(dsn, "select channel_id, journal_id from pgchan.runs")
+    return call.format(run=run, journal=journal)
 
 
 @pytest.mark.parametrize("what", CALLS_OF_WORKERS)
@@ -301,32 +345,24 @@ async def test_what_a_worker_writes_while_a_downgrade_has_the_tables_is_cut_off_
     old_dsn: str, wait_until: Any, what: str
 ) -> None:
     migrate.upgrade(old_dsn)
-    with psycopg.connect(old_dsn, autocommit=True) as connection:
-        connection.execute("select pgchan.start('squares', '[]', 'r')")
-        run, journal = connection.execute("select channel_id, journal_id from pgchan.runs").fetchone() or ()
-        call = CALLS_OF_WORKERS[what].format(run=run, journal=journal)
+    call = begun(old_dsn, CALLS_OF_WORKERS[what])
+    error, _ = await under_a_downgrade(old_dsn, wait_until, call, parting=True)
+    assert isinstance(error, psycopg.errors.AdminShutdown)
+    query(old_dsn, call)
+    ((stored,),) = query(old_dsn, "select count(*) from pgchan.messages")
+    assert stored == (what in ("a record", "a signal")), "nobody has claimed the run, so nobody may end it"
 
-        def end() -> BaseException | None:
-            with psycopg.connect(old_dsn, autocommit=True) as other:
-                try:
-                    other.execute(call)
-                except psycopg.Error as error:
-                    return error
-            return None
 
-        down = statements.split((VERSIONS / f"{REVISION}.down.sql").read_text("utf-8"))
-        with connection.transaction():
-            connection.execute(down[0].encode())  # the locks
-            ending = asyncio.create_task(asyncio.to_thread(end))
-            await wait_until(lambda: query(
-                old_dsn, "select 1 from pg_locks l join pg_database d on d.oid = l.database "
-                         "where d.datname = current_database() and not l.granted"))  # fmt: skip
-            for statement in down[1:]:
-                connection.execute(statement.encode())
-        assert isinstance(await ending, psycopg.errors.AdminShutdown)
-        connection.execute(call.encode())
-        stored = connection.execute("select count(*) from pgchan.messages").fetchone()
-        assert stored == (1 if what == "a record" else 0,)  # nobody has claimed the run, so nobody may end it
+@pytest.mark.parametrize("what", WRITES_OF_WORKERS)
+async def test_what_a_downgrade_leaves_a_worker_without_is_missed_before_anything_is_stored(
+    old_dsn: str, wait_until: Any, what: str
+) -> None:
+    migrate.upgrade(old_dsn)
+    call, sqlstate = WRITES_OF_WORKERS[what]
+    error, stored = await under_a_downgrade(old_dsn, wait_until, begun(old_dsn, call), parting=False)
+    assert isinstance(error, psycopg.Error)
+    assert error.sqlstate == sqlstate
+    assert stored == 0, "the worker writes again"
 
 
 async def test_a_downgrade_while_workers_of_both_run_loses_nothing(old: Path, old_dsn: str, begin: Begin) -> None:

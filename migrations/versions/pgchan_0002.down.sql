@@ -47,7 +47,7 @@ delete from pgchan.messages m using pgchan.removed r where m.channel_id = r.chan
 
 drop view pgchan.channel_status;
 
-drop routine pgchan.wake_written(bigint[], bigint[], bigint[], boolean);
+drop routine pgchan.announced(bigint[], bigint[], bigint[]);
 
 drop routine pgchan.append_entry(bigint, bigint, bigint, smallint, text, text, integer, bigint, bytea, integer);
 
@@ -116,6 +116,46 @@ alter table pgchan.channels
 -- The schema's revision, read at start-up. Each migration redefines it.
 create or replace function pgchan.version() returns text
 language sql immutable security definer set search_path = pg_catalog, pg_temp as $$ select 'pgchan_0001' $$;
+
+-- ------------------------------------------------------------------------------------------------ wakeups
+
+-- Announce that channels have moved, that channels were created, that queues have work. A hint without content: names
+-- are 16 buckets by channel id, the payload is "id:head,…"; head -1 means that something else than messages changed.
+-- The guard keeps a full queue (a stuck listener somewhere on the server) from failing commits; asking for the usage
+-- also advances the queue's tail, which heals it after the culprit has gone.
+create or replace function pgchan.wake(ids bigint[], heads bigint[], created boolean default false, queues text[] default null)
+returns void language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  hint record;
+  told boolean;
+begin
+  if pg_notification_queue_usage() >= 0.5 then
+    return;
+  end if;
+  if created then
+    perform pg_notify('pgchan_new', '');
+  end if;
+  if cardinality(ids) = 1 then
+    if heads[1] is not null then  -- an expression, as in write
+      told := pg_notify('pgchan_' || mod(ids[1], 16), ids[1] || ':' || heads[1]) is null;
+    end if;
+  elsif cardinality(ids) > 1 then
+    -- 190 hints of at most 40 bytes stay below the 8,000 bytes that a payload may have.
+    for hint in
+      select w.bucket, string_agg(w.id || ':' || w.head, ',') as payload
+      from (select mod(a.id, 16) as bucket, a.id, a.head, row_number() over (partition by mod(a.id, 16)) / 190 as part
+            from unnest(wake.ids, wake.heads) a (id, head) where a.head is not null) w
+      group by w.bucket, w.part
+    loop
+      perform pg_notify('pgchan_' || hint.bucket, hint.payload);
+    end loop;
+  end if;
+  if queues is not null then
+    for hint in select distinct hashtext(q.name) as number from unnest(wake.queues) q (name) where q.name is not null loop
+      perform pg_notify('pgchan_queue', hint.number::text);
+    end loop;
+  end if;
+end $$;
 
 -- Lock channels in id order, until the transaction ends. lock_wait null: all, however long it takes. Else wait so many
 -- milliseconds, then take those that are free. Returns those that are not locked: a caller's open transaction has them.
@@ -858,9 +898,9 @@ revoke all on procedure pgchan.grant_roles() from public;
 
 call pgchan.grant_roles();
 
--- What a worker writes that waits here began with the text of pgchan_0002, which calls what is gone now, and workers of
--- 0.1.0 take what the server says then for the failure of their run. With their connection cut they ask again. Who may
--- not cut it can only hope.
+-- What a worker writes, starts, signals or ends that waits here began with the text of pgchan_0002, which calls what is
+-- gone now, and workers of 0.1.0 take what the server says then for the failure of their run. With their connection cut
+-- they ask again. Who may not cut it can only hope.
 do $$
 declare
   one record;
@@ -869,8 +909,7 @@ begin
   for one in
     select a.pid from pg_stat_activity a
     where a.datname = current_database() and a.pid <> pg_backend_pid() and a.wait_event_type = 'Lock'
-      and (a.query like '%pgchan.call_finish%' or a.query like '%pgchan.write(%'
-           or a.query like '%pgchan.write_entry(%')
+      and (a.query like '%pgchan.call_%' or a.query like '%pgchan.write(%')
   loop
     begin
       perform pg_terminate_backend(one.pid);

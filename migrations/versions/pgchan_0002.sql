@@ -73,19 +73,61 @@ create index runs_ended on pgchan.runs (ended_at) where ended_at is not null;
 create or replace function pgchan.version() returns text
 language sql immutable security definer set search_path = pg_catalog, pg_temp as $$ select 'pgchan_0002' $$;
 
--- Announce what `append` has written. A journal, which is the channel that is its own owner, is left out: nobody can
--- follow one, and the worker that has the run wrote it. So a step that says nothing wakes nobody.
-create or replace function pgchan.wake_written(ids bigint[], owners bigint[], heads bigint[], created boolean) returns void
+-- ------------------------------------------------------------------------------------------------ wakeups
+
+-- Announce that channels have moved, that channels were created, that queues have work. A hint without content: names
+-- are 16 buckets by channel id, the payload is "id:head,…"; head -1 means that something else than messages changed.
+-- The guard keeps a full queue (a stuck listener somewhere on the server) from failing commits; asking for the usage
+-- also advances the queue's tail, which heals it after the culprit has gone.
+create or replace function pgchan.wake(ids bigint[], heads bigint[], created boolean default false, queues text[] default null)
+returns void language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  hint record;
+  told boolean;
+begin
+  if heads is null and queues is null and created is not true or pg_notification_queue_usage() >= 0.5 then
+    return;
+  end if;
+  if created then
+    perform pg_notify('pgchan_new', '');
+  end if;
+  if cardinality(ids) = 1 then
+    if heads[1] is not null then  -- an expression, as in write
+      told := pg_notify('pgchan_' || mod(ids[1], 16), ids[1] || ':' || heads[1]) is null;
+    end if;
+  elsif heads is not null then
+    -- 190 hints of at most 40 bytes stay below the 8,000 bytes that a payload may have.
+    for hint in
+      select w.bucket, string_agg(w.id || ':' || w.head, ',') as payload
+      from (select mod(a.id, 16) as bucket, a.id, a.head, row_number() over (partition by mod(a.id, 16)) / 190 as part
+            from unnest(wake.ids, wake.heads) a (id, head) where a.head is not null) w
+      group by w.bucket, w.part
+    loop
+      perform pg_notify('pgchan_' || hint.bucket, hint.payload);
+    end loop;
+  end if;
+  if queues is not null then
+    for hint in select distinct hashtext(q.name) as number from unnest(wake.queues) q (name) where q.name is not null loop
+      perform pg_notify('pgchan_queue', hint.number::text);
+    end loop;
+  end if;
+end $$;
+
+-- Of the heads that `append` has returned, those that `wake` should announce; null if none. A journal, which is the channel
+-- that is its own owner, is left out: nobody can follow one, and the worker that has the run wrote it. So a step that
+-- says nothing wakes nobody. It is asked before the commit: a downgrade that goes on meanwhile drops it, and what fails
+-- after the commit would be taken for not done, and be written again.
+create or replace function pgchan.announced(ids bigint[], owners bigint[], heads bigint[]) returns bigint[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   if owners = ids then
-    return;
+    return null;
   end if;
   if owners is not null and cardinality(ids) > 1 then
-    heads := array(select case when w.id = w.owner then null else w.head end
-                   from unnest(ids, owners, heads) with ordinality w (id, owner, head, n) order by w.n);
+    return array(select case when w.id = w.owner then null else w.head end
+                 from unnest(ids, owners, heads) with ordinality w (id, owner, head, n) order by w.n);
   end if;
-  perform pgchan.wake(ids, heads, created);
+  return heads;
 end $$;
 
 -- Lock channels in id order, until the transaction ends. lock_wait null: all, however long it takes. Else wait so many
@@ -385,6 +427,7 @@ language plpgsql as $$
 #variable_conflict use_variable
 declare
   stored record;
+  announced bigint[];
   told boolean;
 begin
   stored := pgchan.append(ids, names, types, fences, owners, counts, inboxes,
@@ -396,8 +439,9 @@ begin
   at := stored.at;
   positions := stored.positions;
   ats := stored.ats;
+  announced := pgchan.announced(channel_ids, owners, heads);
   commit;
-  told := pgchan.wake_written(channel_ids, owners, heads, stored.created) is null;
+  told := pgchan.wake(channel_ids, announced, stored.created) is null;
 end $$;
 
 -- The same for one entry to a known channel: `append_message`, durable, then announced.
@@ -425,14 +469,16 @@ language plpgsql as $$
 #variable_conflict use_variable
 declare
   stored record;
+  announced bigint[];
   told boolean;
 begin
   stored := pgchan.append_entry(id, fence, inbox, kind, key, step, attempt, void_from, body, lock_wait);
   outcome := stored.outcome;
   "position" := stored."position";
   at := stored.at;
+  announced := pgchan.announced(array[id], array[owner], array[stored.head]);
   commit;
-  told := pgchan.wake_written(array[id], array[owner], array[stored.head], false) is null;
+  told := pgchan.wake(array[id], announced) is null;
 end $$;
 
 -- Whether a body is one JSON string, as it may be joined to others at its quotation marks. Not one with the half of a
@@ -965,7 +1011,6 @@ declare
   owned bigint[] := '{}';  -- the channels of these runs
   taken bigint[];
   theirs bigint[];
-  free integer;
   moment timestamptz := clock_timestamp();  -- no index serves a comparison with the function itself
   is_due boolean := coalesce((select min(r.wake_at) from pgchan.runs r
                               where r.wake_at is not null and r.state in ('scheduled', 'waiting')) <= moment, false);
@@ -1007,13 +1052,11 @@ begin
   if cardinality(picked) = 0 then
     return;
   end if;
-  -- Mostly nobody has their channels. If somebody does, what is locked by now stays so while the rest is waited for, out
-  -- of the order of ids: two that wait for each other part when lock_wait is over.
-  perform from pgchan.channels c where c.id = any (owned) order by c.id for no key update skip locked;
-  get diagnostics free = row_count;
-  if free < cardinality(owned) then
+  begin
+    perform from pgchan.channels c where c.id = any (owned) order by c.id for no key update nowait;
+  exception when lock_not_available then  -- rarely; what was locked by then is free again, and all is waited for in order
     picked := pgchan.lock_runs(picked, 50);
-  end if;
+  end;
   -- What `supersede` does, and more, so that a row of runs or channels is read and written once. The heads tell whether
   -- there is anything to load. They are read here and not by the calling statement: its snapshot is older than this
   -- claim, so it would miss what was written since, or even the channel of a run just started.
@@ -1585,7 +1628,7 @@ begin
 
   -- A worker does both and executes runs. `upkeep` removes only what has outlived the time that an administrator gave it.
   grant execute on routine
-    pgchan.append, pgchan.write, pgchan.append_entry, pgchan.write_entry, pgchan.wake_written,
+    pgchan.append, pgchan.write, pgchan.append_entry, pgchan.write_entry, pgchan.announced,
     pgchan.claim, pgchan.suspend, pgchan.finish, pgchan.call_finish,
     pgchan.try_finish_many, pgchan.call_finish_many, pgchan.continue_run,
     pgchan.release, pgchan.upkeep, pgchan.expire,
