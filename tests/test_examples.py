@@ -1,19 +1,25 @@
-"""Every example runs by itself and prints what its last comment says."""
+"""Every example runs by itself and prints what its last comment says; the app of the README does what it says."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from commands import command, environment
 
+README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("[!_]*.py"))
 RUN_SECONDS = 60
@@ -102,3 +108,46 @@ def test_the_agent_streams_from_a_model_when_one_is_named(model: Model, dsn: str
     assert printed.count("words of a model") == 4
     assert [(asked["model"], asked["stream"]) for asked in model.asked] == [("small", True)] * 4
     assert "asyncio queues" in model.asked[0]["messages"][1]["content"]
+
+
+@pytest.fixture
+def readme_app(tmp_path: Path) -> Path:
+    """The files of the README's app, as somebody types them."""
+    for name in ("agent.py", "ask.py", "web.py"):
+        block = re.search(rf"`{name}`\):\n\n   ```python\n(.*?)   ```\n", README, re.DOTALL)
+        assert block is not None, f"the README has no {name}"
+        (tmp_path / name).write_text(textwrap.dedent(block[1]), "utf-8")
+    return tmp_path
+
+
+async def test_the_app_of_the_readme_answers_and_streams(readme_app: Path, dsn: str, wait_until: Any) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    variables = environment(dsn) | {"PYTHONPATH": str(readme_app)}
+    programs = [command("worker", "agent:worker"), command("serve", "web:app", "--port", str(port))]
+    running = [subprocess.Popen(program, cwd=readme_app, env=variables) for program in programs]
+    try:
+        asked = subprocess.run(
+            [sys.executable, "ask.py"], cwd=readme_app, env=variables, capture_output=True, text=True,
+            timeout=RUN_SECONDS, check=False,
+        )  # fmt: skip
+        assert (asked.returncode, asked.stderr) == (0, "")
+        assert asked.stdout == "It depends on the tides\nresult: It depends on the tides\n"
+
+        def is_open() -> bool:
+            with socket.socket() as client:
+                return client.connect_ex(("127.0.0.1", port)) == 0
+
+        await wait_until(is_open, seconds=20)
+        address = f"http://127.0.0.1:{port}"
+        heard = httpx.get(f"{address}/channels/chat/42", headers={"Accept": "text/event-stream"}, timeout=20).text
+        found = [json.loads(data) for data in re.findall(r"^event: message\ndata: (.*)$", heard, re.MULTILINE)]
+        assert [message["body"] for message in found] == ["It ", "depends ", "on ", "the tides"]
+        told = httpx.post(f"{address}/runs/chat/42/signals", json={"body": {"topic": "whales"}})
+        assert told.status_code == 409, "the run has ended"
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait(20)
