@@ -1010,7 +1010,8 @@ class AsyncEnding:
         pace = self._listener.ends
         if self._looked:
             pace.looked(False, time.monotonic())
-            await asyncio.sleep(pace.pause(time.monotonic()))
+            if pause := pace.pause(time.monotonic()):
+                await asyncio.sleep(pause)
         await self._told.wait()
         self._told.clear()
         self._looked = True

@@ -326,7 +326,8 @@ class Worker:
             await self._claim_loop(liveness)
 
     async def _claim_loop(self, liveness: Liveness) -> None:
-        await asyncio.sleep(self._claims.pause(time.monotonic()))
+        if pause := self._claims.pause(time.monotonic()):
+            await asyncio.sleep(pause)
         hinted = self._claim_soon.is_set()
         self._claim_soon.clear()
         if liveness.alive:
@@ -421,7 +422,8 @@ class Worker:
 
     async def _pump_inbox(self) -> None:
         await self._inbox_soon.wait()
-        await asyncio.sleep(self._inboxes.pause(time.monotonic()))
+        if pause := self._inboxes.pause(time.monotonic()):
+            await asyncio.sleep(pause)
         self._inbox_soon.clear()
         dirty, self._dirty = self._dirty, set()
         attempts = [self._held[id] for id in dirty if id in self._held]
