@@ -31,7 +31,7 @@ READERS = 200
 MANY_READERS = 1_000  # of which each takes more than what the first brings with it
 BATCHES = 25  # per round
 INTERVAL_SECONDS = 0.06
-BATCH = 10  # messages that are published together
+BATCH = 10  # messages that are published together, unless --batch says otherwise
 CPU_RATIO_MAX = 2.0
 LAST_SECONDS_MAX = 0.15
 CHANNEL_ID = 6  # of the floor's channel
@@ -171,11 +171,14 @@ async def _connect(port: int, path: str, count: int) -> list[Reader]:
 class Contestant:
     """A server process, its readers, and how one batch is published to them."""
 
-    def __init__(self, process: Process, readers: list[Reader], publish: Any, batches: int = BATCHES) -> None:
+    def __init__(
+        self, process: Process, readers: list[Reader], publish: Any, *, batches: int = BATCHES, batch: int = BATCH
+    ) -> None:  # fmt: skip
         self._process = process
         self._readers = readers
         self._publish = publish
         self._batches = batches
+        self._batch = batch
 
     async def round(self) -> dict[str, Any]:
         """Publish batches; what became of them."""
@@ -184,12 +187,12 @@ class Contestant:
         reads, cpu = await self._process.ask("reads"), self._process.cpu()
         async for due in due_times(self._batches, INTERVAL_SECONDS):
             await self._publish(due)
-        wanted = self._batches * BATCH
+        wanted = self._batches * self._batch
         async with asyncio.timeout(20):
             while any(len(reader.late) < wanted for reader in self._readers):  # noqa: ASYNC110 - beside what is measured
                 await asyncio.sleep(0.01)
         used = self._process.cpu() - cpu
-        late = [[reader.late[number] for reader in self._readers] for number in range(0, wanted, BATCH)]
+        late = [[reader.late[number] for reader in self._readers] for number in range(0, wanted, self._batch)]
         return {
             "cpu": used / (wanted * len(self._readers)) * 1e6,
             "reads": (await self._process.ask("reads") - reads) / self._batches,
@@ -201,7 +204,7 @@ class Contestant:
 
 async def measure(report: Report) -> None:
     """Both servers in turns."""
-    count = report.arguments.readers
+    count, batch = report.arguments.readers, report.arguments.batch
     writing = await asyncpg.connect(report.dsn)
     await writing.execute("insert into floor.channels (id) values ($1::bigint)", CHANNEL_ID)
     async with pgchan.AsyncClient(report.dsn) as client:
@@ -209,18 +212,21 @@ async def measure(report: Report) -> None:
         await channel.create()
 
         async def publish(due: int) -> None:
-            await channel.publish_many([{"due": due}] * BATCH)
+            if batch == 1:
+                await channel.publish({"due": due})
+            else:
+                await channel.publish_many([{"due": due}] * batch)
 
         async def by_hand(due: int) -> None:
-            await writing.execute(FLOOR_BATCH, CHANNEL_ID, [b'{"due":%d}' % due] * BATCH)
+            await writing.execute(FLOOR_BATCH, CHANNEL_ID, [b'{"due":%d}' % due] * batch)
 
         ports = [_free_port(), _free_port()]
         servers = [Process(serve_ours, report.dsn, ports[0]), Process(serve_floor, report.dsn, ports[1])]
         for server in servers:
             await server.answer()
         empty = [server.memory() for server in servers]
-        ours = Contestant(servers[0], await _connect(ports[0], f"/channels/{NAME}", count), publish)
-        floor = Contestant(servers[1], await _connect(ports[1], "/", count), by_hand)
+        ours = Contestant(servers[0], await _connect(ports[0], f"/channels/{NAME}", count), publish, batch=batch)
+        floor = Contestant(servers[1], await _connect(ports[1], "/", count), by_hand, batch=batch)
         rounds = max(3, report.arguments.rounds // 2)
         found = await interleave(rounds, ours=ours.round, floor=floor.round)
         _report(report, count, found)
@@ -242,7 +248,7 @@ async def beside_a_stalled_reader(report: Report, client: pgchan.AsyncClient, se
     async def publish(due: int) -> None:
         await channel.publish_many([{"due": due, "pad": LARGE_PAD}] * BATCH)
 
-    others = Contestant(server, await _connect(port, f"/channels/{LARGE}", LARGE_READERS), publish, LARGE_BATCHES)
+    others = Contestant(server, await _connect(port, f"/channels/{LARGE}", LARGE_READERS), publish, batches=LARGE_BATCHES)
     alone = [await others.round() for _ in range(STALLED_ROUNDS)][1:]
     before = server.memory()
     stalled = [await _stall(port, f"/channels/{LARGE}") for _ in range(STALLED)]
@@ -291,7 +297,7 @@ def _report(report: Report, count: int, found: dict[str, list[dict[str, Any]]]) 
         f"{name}: last reader, p50", "s", percentile(last, 50), floor=percentile(beside, 50), at_most=LAST_SECONDS_MAX
     )
     report.figure(f"{name}: deliveries too many", "", sum(one["extra"] for one in ours), at_most=0)
-    report.note(f"batches of {BATCH} messages, {1 / INTERVAL_SECONDS:.0f} a second; counted when a socket is read here")
+    report.note(f"batches of {report.arguments.batch} messages, {1 / INTERVAL_SECONDS:.0f} a second; counted when a socket is read here")
 
 
 def _free_port() -> int:
@@ -303,6 +309,7 @@ def _free_port() -> int:
 def options(parser: argparse.ArgumentParser) -> None:
     """What can be asked for."""
     parser.add_argument("--readers", type=int, default=READERS)
+    parser.add_argument("--batch", type=int, default=BATCH, help="messages that are published together")
 
 
 if __name__ == "__main__":
