@@ -248,7 +248,8 @@ async def beside_a_stalled_reader(report: Report, client: pgchan.AsyncClient, se
     async def publish(due: int) -> None:
         await channel.publish_many([{"due": due, "pad": LARGE_PAD}] * BATCH)
 
-    others = Contestant(server, await _connect(port, f"/channels/{LARGE}", LARGE_READERS), publish, batches=LARGE_BATCHES)
+    readers = await _connect(port, f"/channels/{LARGE}", LARGE_READERS)
+    others = Contestant(server, readers, publish, batches=LARGE_BATCHES)
     alone = [await others.round() for _ in range(STALLED_ROUNDS)][1:]
     before = server.memory()
     stalled = [await _stall(port, f"/channels/{LARGE}") for _ in range(STALLED)]
@@ -297,7 +298,10 @@ def _report(report: Report, count: int, found: dict[str, list[dict[str, Any]]]) 
         f"{name}: last reader, p50", "s", percentile(last, 50), floor=percentile(beside, 50), at_most=LAST_SECONDS_MAX
     )
     report.figure(f"{name}: deliveries too many", "", sum(one["extra"] for one in ours), at_most=0)
-    report.note(f"batches of {report.arguments.batch} messages, {1 / INTERVAL_SECONDS:.0f} a second; counted when a socket is read here")
+    report.note(
+        f"batches of {report.arguments.batch} messages, {1 / INTERVAL_SECONDS:.0f} a second; "
+        "counted when a socket is read here"
+    )
 
 
 def _free_port() -> int:

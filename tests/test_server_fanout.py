@@ -8,6 +8,7 @@ import json
 import random
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 
 import pytest
 from doors import query
@@ -15,7 +16,7 @@ from serving import Running, follow, message_of, parse_block
 from starlette.middleware.gzip import GZipMiddleware
 
 from pgchan import AsyncClient, Message
-from pgchan.server import App, Insecure, create_app, fanout
+from pgchan.server import App, Insecure, create_app, fanout, sse
 
 Wait = Callable[..., Awaitable[None]]
 
@@ -77,6 +78,33 @@ async def test_readers_that_come_and_go_at_any_time_get_every_message_once(
             assert got == list(range(1, head + 1))
     assert most >= 10
     await wait_until(lambda: riders(served) == 0 and not served.app.site.fanouts._open)
+
+
+@pytest.mark.parametrize("count", [1, 30])
+async def test_a_message_is_read_and_encoded_once_however_many_read_it(
+    client: AsyncClient, served: Running, wait_until: Wait, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    channel = client.channel("c")
+    await channel.publish(0)
+    encoded: list[int] = []
+
+    def frame(message: Message) -> bytes:
+        encoded.append(message.position)
+        return original(message)
+
+    original = sse.frame
+    async with AsyncExitStack() as stack:
+        readers = [await stack.enter_async_context(follow(served.port, "/channels/c")) for _ in range(count)]
+        await wait_until(lambda: riders(served) == count)
+        monkeypatch.setattr(sse, "frame", frame)
+        before = client.stats["reads"]
+        for number in range(1, 6):
+            await channel.publish(number)
+            for reader in readers:
+                while "data" not in (block := await reader.next()) or message_of(block)["body"] != number:
+                    pass
+        assert encoded == [2, 3, 4, 5, 6]
+        assert client.stats["reads"] == before + 5
 
 
 async def test_a_reader_that_takes_nothing_delays_nobody_and_misses_nothing(
