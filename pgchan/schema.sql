@@ -350,19 +350,34 @@ begin
   -- The next position comes from the channel's row, never from max(position): a statement that waits for a lock keeps
   -- the snapshot it took before waiting, so max() is stale and two publishers collide. The lock is taken in a statement
   -- of its own; the next one sees what it waited for. It lasts until commit, which puts positions in commit order.
-  if cardinality(ids) = 1 and ids[1] is not null and keys is null then
-    -- One known channel and no keys: what a single publisher has written meanwhile, or a run that is alone. If nobody has
-    -- the lock and nothing refuses the batch, it takes two plain statements; everything else is told apart below.
+  if cardinality(ids) = 1 and ids[1] is not null
+     and (keys is null or cardinality(bodies) = 1 and inboxes is null or cardinality(array_remove(keys, null)) = 0) then
+    -- One known channel, and no keys or one entry: what a single publisher has written meanwhile, what a transaction or a
+    -- worker of 0.1.0 writes. If nobody has the lock and nothing refuses the batch, it takes two plain statements;
+    -- everything else is told apart below.
     update pgchan.channels c set head = c.head + counts[1], inbox = greatest(c.inbox, inboxes[1])
       where c.id = (select k.id from pgchan.channels k where k.id = ids[1] for no key update skip locked)
         and c.closed_at is null and (fences[1] = c.epoch or fences[1] is null and c.name not like 'pgchan:%')
       returning array[c.head - counts[1]], array[c.head], array['appended'] into bases, heads, outcomes;
     if found then
       at := clock_timestamp();
-      insert into pgchan.messages (channel_id, "position", at, kind, step, attempt, void_from, body)
-        select ids[1], bases[1] + e.nth, append.at, e.kind, e.step, e.attempt, e.void_from, e.body
-        from unnest(nths, kinds, steps, attempts, voids, bodies) e (nth, kind, step, attempt, void_from, body);
-      return;
+      if keys[1] is not null then
+        insert into pgchan.messages (channel_id, "position", at, kind, key, step, attempt, void_from, body)
+          values (ids[1], heads[1], append.at, kinds[1], keys[1], steps[1], attempts[1], voids[1], bodies[1])
+          on conflict do nothing;
+      elsif cardinality(bodies) = 1 then
+        insert into pgchan.messages (channel_id, "position", at, kind, step, attempt, void_from, body)
+          values (ids[1], heads[1], append.at, kinds[1], steps[1], attempts[1], voids[1], bodies[1]);
+      else
+        insert into pgchan.messages (channel_id, "position", at, kind, step, attempt, void_from, body)
+          select ids[1], bases[1] + e.nth, append.at, e.kind, e.step, e.attempt, e.void_from, e.body
+          from unnest(nths, kinds, steps, attempts, voids, bodies) e (nth, kind, step, attempt, void_from, body);
+      end if;
+      if found then
+        return;
+      end if;
+      -- The key is stored already. Nobody has seen the new head: the row is locked.
+      update pgchan.channels c set head = c.head - 1 where c.id = ids[1];
     end if;
   end if;
   busy := pgchan.lock_channels(channel_ids, lock_wait);

@@ -40,7 +40,7 @@ WAITING_ENTRIES_MAX = 50_000
 LOCK_WAIT_MS = 50  # longer than any transaction of pgchan's own; a caller's may last for seconds
 LOCK_RETRY_SECONDS = 0.05  # how long entries of a locked channel are set aside
 
-NOTHING_ELSE = (None,) * 5
+NOTHING_ELSE = (None,) * 5  # of what only the attempt of a run says: fence, inbox, step, attempt, void_from
 ONE_COLUMNS = 3  # of the answer to a call for one entry: outcome, position, at
 
 Settle = Callable[["Entry", "Outcome | Error"], None]
