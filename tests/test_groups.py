@@ -170,15 +170,22 @@ async def test_a_worker_that_dies_or_freezes_with_a_group_of_ends_on_its_way_end
     client: pgchan.AsyncClient, dsn: str, processes: Processes, wait_until: Callable[..., Any], how: signal.Signals
 ) -> None:
     first = await processes.start("first")
+    handles = await asyncio.gather(*(client.start("nap", 1.0) for _ in range(30)))
+    asleep = "select 1 from pgchan.messages m join pgchan.runs r on r.journal_id = m.channel_id having count(*) = 60"
+    await wait_until(lambda: query(dsn, asleep))  # the step and the timer of each
+    await first.stop_at("claimed")
+    handles.append(await client.start("nap", 1.0))
+    await first.tells("point", "claimed")
+    await asyncio.sleep(1.1)  # meanwhile nobody wakes up, then all at a time
     await first.stop_at("finish_sent#2")  # the first goes alone, the others together
-    handles = await asyncio.gather(*(client.start("nap", 0.5) for _ in range(30)))
+    first.order("go")
     await first.tells("point", "finish_sent")
     sent = "select 1 from pg_stat_activity where query like '%call_finish_many%' and pid <> pg_backend_pid() "
     await wait_until(lambda: query(dsn, sent + "and datname = current_database()"))
     await processes.start("second")
     first.send(how)
     results = await asyncio.gather(*(handle.result(timeout=20) for handle in handles))
-    assert results == [None] * 30
+    assert results == [None] * 31
     if how is signal.SIGSTOP:  # a zombie that wakes up finds all of it done
         first.send(signal.SIGCONT)
         first.order("go")
@@ -186,8 +193,8 @@ async def test_a_worker_that_dies_or_freezes_with_a_group_of_ends_on_its_way_end
         assert await fresh.result(timeout=20) is None
         await fresh.delete()
     ended = "select count(*) from pgchan.messages where convert_from(body, 'UTF8') ~ '\"ended\"'"
-    assert query(dsn, ended) == [(30,)]
-    assert query(dsn, "select state, count(*) from pgchan.runs group by 1") == [("succeeded", 30)]
+    assert query(dsn, ended) == [(31,)]
+    assert query(dsn, "select state, count(*) from pgchan.runs group by 1") == [("succeeded", 31)]
 
 
 async def test_signals_that_are_sent_at_a_time_go_together_in_order(
